@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling on the device: arrays in, arrays out, in vLLM's order of application (`vllm/v1/sample/sampler.py`).
+
+Thresholds for top-k and top-p come from a bisection over the ordering of floats rather than from a sort of the vocabulary: exact, a few
+reductions over [rows, vocab], and friendly to a sharded vocabulary. Tokens tied with the last one kept are kept.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128
+"""Vocabulary entries summed together by the inverse-CDF draw."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Logprobs:
+    """For each of N rows the token looked at, then the K likeliest ones."""
+
+    token_ids: jax.Array
+    """int32 [N, K + 1]"""
+    logprobs: jax.Array
+    """float32 [N, K + 1]"""
+    ranks: jax.Array
+    """int32 [N]: rank of the first column's token, the likeliest being 1"""
+
+
+def mask_tokens(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """`logits` [R, V] with -inf at `token_ids` [R, M]; ids of V or more are ignored."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[rows, token_ids].set(-jnp.inf, mode="drop")
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Integers that sort as the float32 `x` do."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def _largest_key(keys: jax.Array, enough) -> jax.Array:
+    """Per row, the largest key t for which `enough(keys >= t)` [R, V] -> [R] holds; it must hold for the row's smallest key."""
+    low = keys.min(-1)
+    high = keys.max(-1)
+
+    def halve(_, bounds):
+        low, high = bounds
+        # The ceiling of the mean, without overflow: low < mid <= high unless they have met.
+        mid = (low | high) - ((low ^ high) >> 1)
+        ok = enough(keys >= mid[:, None])
+        return jnp.where(ok, mid, low), jnp.where(ok, high, jnp.maximum(mid - 1, low))
+
+    return jax.lax.fori_loop(0, 32, halve, (low, high))[0]
+
+
+def filter_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Keep the `top_k` [R] largest of `logits` [R, V], the others become -inf."""
+    keys = _ordered(logits)
+    limit = _largest_key(keys, lambda kept: kept.sum(-1, dtype=jnp.int32) >= top_k)
+    return jnp.where(keys >= limit[:, None], logits, -jnp.inf)
+
+
+def filter_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Keep the smallest set of likeliest tokens whose probability reaches `top_p` [R]; at least the likeliest."""
+    probs = jax.nn.softmax(logits, axis=-1)
+    keys = _ordered(logits)
+    # A rounding error of the sum must not ask for more than all of it.
+    target = jnp.minimum(top_p, probs.sum(-1))
+    limit = _largest_key(keys, lambda kept: jnp.where(kept, probs, 0).sum(-1) >= target)
+    keep_all = (top_p >= 1.0)[:, None]
+    return jnp.where(keep_all | (keys >= limit[:, None]), logits, -jnp.inf)
+
+
+def filter_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Drop tokens less likely than `min_p` [R] times the likeliest one."""
+    floor = logits.max(-1) + jnp.log(min_p)
+    return jnp.where(logits >= floor[:, None], logits, -jnp.inf)
+
+
+def draw(logits: jax.Array, seeds: jax.Array, steps: jax.Array) -> jax.Array:
+    """One token a row, by inverting the distribution at one uniform number that only (seed, step) decide.
+
+    Args:
+        logits: float32 [R, V], -inf where not allowed.
+        seeds, steps: [R] integers.
+
+    Returns:
+        int32 [R].
+    """
+    keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(seeds, steps)
+    u = jax.vmap(lambda key: jax.random.uniform(key, ()))(keys)
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    rows, vocab = logits.shape
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
+    block_ends = jnp.cumsum(blocks.sum(-1), axis=-1)
+    target = u * block_ends[:, -1]
+    # Blocks that end at or below the target lie before it; u < 1 leaves at least one.
+    block = jnp.minimum((block_ends <= target[:, None]).sum(-1), blocks.shape[1] - 1)
+    before = jnp.where(block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
+    ends = jnp.cumsum(inside, axis=-1)
+    index = (ends <= (target - before)[:, None]).sum(-1)
+    # Rounding may leave the target at the block's very end: take its last token that has any weight.
+    last = BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
+    return (block * BLOCK + jnp.minimum(index, last)).astype(jnp.int32)
+
+
+def sample(
+    logits: jax.Array,
+    *,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    seeds: jax.Array,
+    steps: jax.Array,
+    masked_ids: jax.Array,
+) -> jax.Array:
+    """Sample a token a row. Shapes as in `runner.step_inputs.SamplingInputs`; `logits` float32 [R, V]. Returns int32 [R]."""
+    vocab = logits.shape[-1]
+    logits = mask_tokens(logits, masked_ids)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def randomly() -> jax.Array:
+        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+        scaled = jax.lax.cond((min_p > 0).any(), lambda x: filter_min_p(x, min_p), lambda x: x, scaled)
+        scaled = jax.lax.cond((top_k < vocab).any(), lambda x: filter_top_k(x, top_k), lambda x: x, scaled)
+        scaled = jax.lax.cond((top_p < 1).any(), lambda x: filter_top_p(x, top_p), lambda x: x, scaled)
+        return jnp.where(temperature > 0, draw(scaled, seeds, steps), greedy)
+
+    return jax.lax.cond((temperature > 0).any(), randomly, lambda: greedy)
+
+
+def gather_logprobs(logits: jax.Array, token_ids: jax.Array, num_logprobs: int) -> Logprobs:
+    """Logprobs of `token_ids` [N] and of the `num_logprobs` likeliest tokens under float32 `logits` [N, V]."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, token_ids[:, None], axis=-1)
+    top, top_ids = jax.lax.top_k(logprobs, min(num_logprobs, logits.shape[-1]))
+    return Logprobs(
+        token_ids=jnp.concatenate([token_ids[:, None], top_ids.astype(jnp.int32)], axis=-1),
+        logprobs=jnp.concatenate([chosen, top], axis=-1),
+        ranks=(logprobs >= chosen).sum(-1, dtype=jnp.int32),
+    )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ahead-of-time compilation: every program a server can need, compiled before the first request, and a watch on any after."""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.logger import init_logger
+
+logger = init_logger(__name__)
+
+SLOW_COMPILE_S = 10.0
+COMPILE_THREADS = 4
+"""The compiler releases the interpreter's lock; more than a few programs at a time cost memory."""
+
+
+class RecompilationError(TpuInferenceError):
+    """A program was compiled while serving, in strict mode (VLLM_XLA_CHECK_RECOMPILATION=1)."""
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One program to compile: a jitted function and the abstract arguments of one bucket."""
+
+    name: str
+    bucket: Hashable
+    fn: Any
+    """A `jax.jit` function."""
+    args: tuple[Any, ...]
+
+    @property
+    def key(self) -> tuple[str, Hashable]:
+        return self.name, self.bucket
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.bucket}]"
+
+
+@dataclass
+class WarmUpReport:
+    """What a warm-up did."""
+
+    programs: int = 0
+    cached: int = 0
+    seconds: float = 0.0
+    slowest: list[tuple[float, str]] = field(default_factory=list)
+
+
+class CompilationManager:
+    """Compiles cases, keeps the executables, and accounts for what the persistent cache held."""
+
+    def __init__(self, *, strict: bool) -> None:
+        self._strict = strict
+        self._programs: dict[tuple[str, Hashable], Any] = {}
+        self._serving = False
+        self._cache_hits = 0
+        self.compiled_while_serving: list[str] = []
+        jax.monitoring.register_event_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self._cache_hits += 1
+
+    def _on_duration(self, event: str, _seconds: float, **details: Any) -> None:
+        """Any compile by anyone in this process, ours or a stray jnp call's, while serving."""
+        if self._serving and event == "/jax/core/compile/backend_compile_duration":
+            self.compiled_while_serving.append(str(details.get("fun_name", "a function")))
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def warm_up(self, cases: Sequence[CompileCase], *, progress: bool = True) -> WarmUpReport:
+        """Compile all `cases`: traced one by one, compiled side by side."""
+        report, start, hits = WarmUpReport(), time.monotonic(), self._cache_hits
+        todo = [case for case in cases if case.key not in self._programs]
+        bar = tqdm(total=len(todo), desc="Compiling", unit="program", disable=not progress)
+
+        def compile_lowered(case: CompileCase, lowered: Any) -> None:
+            began = time.monotonic()
+            self._programs[case.key] = lowered.compile()
+            seconds = time.monotonic() - began
+            report.slowest.append((seconds, str(case)))
+            if seconds > SLOW_COMPILE_S:
+                logger.info("Compiling %s took %.1f s", case, seconds)
+            bar.update()
+
+        with bar, ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="compile") as pool:
+            # Programs wait for a thread in order of size: the largest are traced, hence compiled, first.
+            futures = [pool.submit(compile_lowered, case, case.fn.lower(*case.args)) for case in reversed(todo)]
+            for future in futures:
+                future.result()
+        report.slowest = sorted(report.slowest, reverse=True)[:3]
+        report.programs, report.cached = len(todo), self._cache_hits - hits
+        report.seconds = time.monotonic() - start
+        return report
+
+    def start_serving(self) -> None:
+        """From here on a compilation is an event to report."""
+        self._serving = True
+
+    def get(self, name: str, bucket: Hashable, make_case: Callable[[], CompileCase]) -> Any:
+        """The executable of a bucket; compiled now if warm-up was skipped or did not foresee it."""
+        program = self._programs.get((name, bucket))
+        if program is None:
+            program = self._compile_late(make_case())
+        return program
+
+    def _compile_late(self, case: CompileCase) -> Any:
+        known = sorted(str(bucket) for name, bucket in self._programs if name == case.name)
+        if self._serving and known:
+            shapes = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(case.args[-1])]
+            message = f"{case} is compiled while serving (last argument {', '.join(shapes)}); compiled are {', '.join(known)}"
+            if self._strict:
+                raise RecompilationError(message)
+            logger.warning("%s. Requests wait for it: report this shape.", message)
+        serving, self._serving = self._serving, False
+        try:
+            self.warm_up([case], progress=False)
+        finally:
+            self._serving = serving
+        return self._programs[case.key]
+
+    def check(self) -> None:
+        """Report programs that were compiled behind our back since the last call; raise in strict mode."""
+        if self.compiled_while_serving:
+            names, self.compiled_while_serving = self.compiled_while_serving, []
+            message = f"compiled while serving: {', '.join(names)}"
+            if self._strict:
+                raise RecompilationError(message)
+            logger.warning("%s. Requests waited for it.", message)

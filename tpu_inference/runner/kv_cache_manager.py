@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the model's layers to vLLM's KV cache specs, and from vLLM's decision back to arrays on the device."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.sharding import Mesh
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape
+from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
+from tpu_inference.layers.common.sharding import named_sharding
+from tpu_inference.models.common.interface import ModelFunctions
+
+
+def kv_cache_specs(model: ModelFunctions, block_size: int, dtype: torch.dtype) -> dict[str, KVCacheSpec]:
+    """vLLM's spec of every attention layer. Heads are the physical ones, over all devices (replicas and padding included)."""
+    common = dict(block_size=block_size, num_kv_heads=model.num_kv_heads, head_size=model.head_dim, dtype=dtype)
+    return {
+        layer.name: (
+            FullAttentionSpec(**common)
+            if layer.sliding_window is None
+            else SlidingWindowSpec(**common, sliding_window=layer.sliding_window)
+        )
+        for layer in model.layers
+    }
+
+
+def uniform_layout(model: ModelFunctions, num_blocks: int) -> KVCacheLayout:
+    """A slot and a common block table for every layer: what is compiled to measure memory before vLLM has decided."""
+    n = len(model.layers)
+    return KVCacheLayout(tuple(range(n)), (0,) * n, num_blocks, model.flat_kv)
+
+
+def layout_from_config(config: KVCacheConfig, layer_names: Sequence[str], *, flat: bool) -> KVCacheLayout:
+    """Where vLLM placed each layer: layers whose pages have the same address share a slot."""
+    address = {
+        name: tensor.offset + i * tensor.layer_stride
+        for tensor in config.kv_cache_tensors
+        for i, name in enumerate(tensor.layers)
+    }
+    group = {name: g for g, spec in enumerate(config.kv_cache_groups) for name in spec.layer_names}
+    if missing := [name for name in layer_names if name not in address or name not in group]:
+        raise TpuInferenceError(f"vLLM's KV cache config has no place for layers {missing}")
+    sizes = {spec.kv_cache_spec.block_size for spec in config.kv_cache_groups}
+    if len(sizes) > 1:
+        raise TpuInferenceError(
+            f"vLLM chose different block sizes for the KV cache groups of this model ({sorted(sizes)}), which is not served. "
+            "Start with --disable-hybrid-kv-cache-manager."
+        )
+    slots = {start: slot for slot, start in enumerate(sorted(set(address.values())))}
+    return KVCacheLayout(
+        tuple(slots[address[name]] for name in layer_names),
+        tuple(group[name] for name in layer_names),
+        config.num_blocks,
+        flat,
+    )
+
+
+def abstract_kv_cache(model: ModelFunctions, layout: KVCacheLayout, block_size: int, dtype, mesh: Mesh) -> KVCache:
+    """Shapes and shardings of the cache arrays."""
+    arrays, pages = (1, layout.num_slots * layout.num_blocks) if layout.flat else (layout.num_slots, layout.num_blocks)
+    shape = kv_pages_shape(pages, block_size, model.num_kv_heads, model.head_dim, dtype)
+    one = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, KV_PAGES_AXES))
+    return KVCache((one,) * arrays, layout)
+
+
+def allocate_kv_cache(abstract: KVCache) -> KVCache:
+    """A zeroed cache, each array made where it stays."""
+
+    def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()
+
+    return KVCache(tuple(zeros(array) for array in abstract.pages), abstract.layout)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model runner: what vLLM scheduled becomes one step on the device. Orchestration only."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors, ModelRunnerOutput
+
+from tpu_inference import envs
+from tpu_inference.config import TpuConfig
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
+from tpu_inference.models.common.interface import ModelFunctions
+from tpu_inference.models.common.loader import load_model
+from tpu_inference.runner.async_output import AsyncOutput
+from tpu_inference.runner.buckets import Bucket, BucketPlan
+from tpu_inference.runner.compilation_manager import CompilationManager, WarmUpReport
+from tpu_inference.runner.input_batch import InputBatch
+from tpu_inference.runner.kv_cache_manager import (
+    abstract_kv_cache,
+    allocate_kv_cache,
+    kv_cache_specs,
+    layout_from_config,
+    uniform_layout,
+)
+from tpu_inference.runner.programs import StepPrograms
+from tpu_inference.runner.prompt_logprobs import PromptLogprobs
+from tpu_inference.runner.requests import RequestStates
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """What `execute_model` leaves for `sample_tokens`."""
+
+    batch: InputBatch
+    bucket: Bucket
+    logits: jax.Array
+    sample_slots: jax.Array
+    prompt_logprobs: dict[str, LogprobsTensors | None]
+
+
+class TPUModelRunner:
+    """Owns the parameters, the KV cache, the requests' state and the programs."""
+
+    def __init__(self, vllm_config: VllmConfig, mesh: Mesh, *, on_tpu: bool) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.mesh = mesh
+        scheduler, tpu_config = vllm_config.scheduler_config, TpuConfig.from_vllm(vllm_config)
+        self.plan = BucketPlan.build(
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            on_tpu=on_tpu,
+            token_sizes=tpu_config.token_buckets,
+        )
+        self.compilation = CompilationManager(strict=envs.VLLM_XLA_CHECK_RECOMPILATION)
+        self.model: ModelFunctions
+        self.kv_cache: KVCache
+        self._pending: PendingStep | None = None
+
+    def load_model(self, *, dummy: bool = False) -> None:
+        """Parameters onto the devices."""
+        self.model = load_model(self.vllm_config, self.mesh, dummy=dummy)
+
+    @property
+    def block_size(self) -> int:
+        return self.vllm_config.cache_config.block_size
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of the longest request; one more for the step that async scheduling runs past its end."""
+        return -(-self.model_config.max_model_len // self.block_size) + 1
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return kv_cache_specs(self.model, self.block_size, self.model_config.dtype)
+
+    def _make_programs(self, layout: KVCacheLayout, num_groups: int, compilation: CompilationManager) -> StepPrograms:
+        return StepPrograms(
+            self.model,
+            self.plan,
+            self.mesh,
+            compilation,
+            kv_cache=abstract_kv_cache(self.model, layout, self.block_size, self.model.kv_dtype, self.mesh),
+            num_groups=num_groups,
+            max_blocks=self.max_blocks,
+            num_slots=self.vllm_config.scheduler_config.max_num_seqs,
+            max_logprobs=max(self.model_config.max_logprobs, 0),
+            hidden=self.model.hidden,
+        )
+
+    def temporary_bytes(self) -> int:
+        """Bytes per device that the largest forward program needs besides parameters and cache, as its compiler plans them."""
+        layout = uniform_layout(self.model, num_blocks=self.max_blocks)
+        case = self._make_programs(layout, 1, self.compilation).forward_case(self.plan.buckets[-1])
+        memory = case.fn.lower(*case.args).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+    def initialize_kv_cache(self, config: KVCacheConfig) -> int:
+        """Allocate what vLLM decided; returns its bytes over all devices."""
+        layout = layout_from_config(config, [layer.name for layer in self.model.layers], flat=self.model.flat_kv)
+        num_groups = len(config.kv_cache_groups)
+        self.programs = self._make_programs(layout, num_groups, self.compilation)
+        self.kv_cache = allocate_kv_cache(
+            abstract_kv_cache(self.model, layout, self.block_size, self.model.kv_dtype, self.mesh)
+        )
+        self.last_tokens = self.programs.make_last_tokens()
+        self.prompt_logprobs = PromptLogprobs(self.programs)
+        self.states = RequestStates(
+            max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
+            max_model_len=self.model_config.max_model_len,
+            vocab_size=self.model.vocab_size,
+            num_groups=num_groups,
+            max_blocks=self.max_blocks,
+            seed=self.model_config.seed,
+        )
+        return sum(pages.nbytes for pages in self.kv_cache.pages)
+
+    def warm_up(self) -> WarmUpReport:
+        """Compile every program, unless told to compile on first use."""
+        if envs.SKIP_JAX_PRECOMPILE or self.model_config.enforce_eager:
+            return WarmUpReport()
+        report = self.compilation.warm_up(self.programs.cases())
+        self.compilation.start_serving()
+        return report
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Run the step up to the logits; `sample_tokens` takes them on. A step without tokens ends here."""
+        if self._pending is not None:
+            raise TpuInferenceError("execute_model was called twice without sample_tokens in between")
+        states = self.states
+        states.apply(scheduler_output)
+        if not scheduler_output.total_num_scheduled_tokens:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        batch = InputBatch.build(states, scheduler_output.num_scheduled_tokens)
+        bucket = self.plan.pick(batch.total_tokens, batch.num_rows)
+        buffer = batch.pack(states, bucket, self.programs.sizes(bucket))
+        params = self.model.params
+        hidden, logits, sample_slots, self.kv_cache = self.programs.forward(
+            bucket, params, self.kv_cache, self.last_tokens, buffer
+        )
+        prompt_logprobs = self.prompt_logprobs.collect(states, batch, params, hidden)
+        self._pending = PendingStep(batch, bucket, logits, sample_slots, prompt_logprobs)
+        return None
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncOutput:
+        """Sample from the pending step's logits; the result is on its way to the host when this returns."""
+        step, self._pending = self._pending, None
+        if step is None:
+            raise TpuInferenceError("sample_tokens was called without a step to sample from")
+        if grammar_output is not None:
+            raise TpuInferenceError("structured outputs reached the runner, though validate_request refuses them")
+        states, batch, rows = self.states, step.batch, step.bucket.rows
+        args = (step.logits, step.sample_slots, self.last_tokens)
+        if batch.needs_sampling_inputs(states):
+            tokens, self.last_tokens = self.programs.sample(rows, *args, batch.pack_sampling(states, rows))
+        else:
+            tokens, self.last_tokens = self.programs.sample_greedy(rows, *args)
+        num_logprobs = int(np.max(states.num_logprobs[batch.slots]))
+        logprobs = self.programs.logprobs(rows, step.logits, tokens) if num_logprobs >= 0 else None
+        self.compilation.check()
+        return AsyncOutput(batch, tokens, logprobs, num_logprobs, step.prompt_logprobs)
