@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public op."""
+
+from typing import Literal
+
+import jax
+
+from tpu_inference.kernels.ragged_paged_attention.pages import write_kv
+from tpu_inference.kernels.ragged_paged_attention.reference import attend_reference
+from tpu_inference.kernels.ragged_paged_attention.xla import attend_xla
+
+Implementation = Literal["xla", "reference"]
+_IMPLEMENTATIONS = {"xla": attend_xla, "reference": attend_reference}
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_start_loc: jax.Array,
+    page_offset: int | jax.Array = 0,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sliding_window: int | jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Write this step's K and V to their pages, then attend causally over each row's whole context.
+
+    Args:
+        q: [T, num_heads, head_dim]; tokens of R rows, flattened row by row, then padding.
+        k, v: [T, num_kv_heads, head_dim]; num_heads is a multiple of num_kv_heads, and query heads of a group are neighbours.
+        pages: `kv_pages_shape(...)`; updated in place where donated.
+        block_tables: int32 [R, B], page ids of each row, before `page_offset` is added.
+        seq_lens: int32 [R], tokens of the row up to and including this step's; 0 for rows without tokens, which come last.
+        query_start_loc: int32 [R + 1]; row r owns tokens query_start_loc[r]:query_start_loc[r + 1].
+        page_offset: where this layer's pages start in `pages`.
+        scale: factor on the scores.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap).
+        sliding_window: tokens that a query sees, itself included; None or <= 0 for all.
+        implementation: "xla" | "reference" | None, which picks for the platform.
+
+    Returns:
+        (output [T, num_heads, head_dim] in q's dtype, the updated pages). Rows of padding are unspecified but finite.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown implementation.
+    """
+    num_heads, num_kv_heads = q.shape[1], k.shape[1]
+    if num_heads % num_kv_heads or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} are not tokens x heads x head_dim of one GQA layer")
+    if pages.shape[1:3] != (2, num_kv_heads) or pages.shape[4] != q.shape[2]:
+        raise ValueError(f"pages {pages.shape} do not hold {num_kv_heads} KV heads of {q.shape[2]}")
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is none of {sorted(_IMPLEMENTATIONS)}")
+    if isinstance(sliding_window, int) and sliding_window <= 0:
+        sliding_window = None
+    pages = write_kv(k, v, pages, block_tables, seq_lens, query_start_loc, page_offset)
+    attend = _IMPLEMENTATIONS[implementation or "xla"]
+    out = attend(
+        q, pages, block_tables, seq_lens, query_start_loc, page_offset,
+        scale=scale, soft_cap=soft_cap, sliding_window=sliding_window,
+    )  # fmt: skip
+    return out.astype(q.dtype), pages
