@@ -16,7 +16,7 @@ from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.models.common.interface import ModelFunctions
-from tpu_inference.models.common.loader import load_model
+from tpu_inference.models.common.vllm_loader import load_model
 from tpu_inference.runner.async_output import AsyncOutput
 from tpu_inference.runner.buckets import Bucket, BucketPlan
 from tpu_inference.runner.compilation_manager import CompilationManager, WarmUpReport

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embeddings. Frequencies of the scaled variants come from transformers' own functions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpu_inference.errors import TpuInferenceError
+
+SERVED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Frequencies of one kind of layer."""
+
+    inv_freq: tuple[float, ...]
+    """One for each pair of the rotated dimensions."""
+    factor: float = 1.0
+    """Scales cosine and sine (yarn, longrope)."""
+
+    def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """float32 [T, len(inv_freq)] each, for int32 positions [T]."""
+        angles = positions[:, None].astype(jnp.float32) * jnp.asarray(np.asarray(self.inv_freq, np.float32))
+        return jnp.cos(angles) * self.factor, jnp.sin(angles) * self.factor
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the leading 2 * cos.shape[-1] dimensions of `x` [T, heads, head_dim], halves paired, in float32."""
+    half = cos.shape[-1]
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., 2 * half :]], axis=-1)
+
+
+def rope_from_config(config: Any, head_dim: int, max_model_len: int, layer_type: str | None = None) -> Rope:
+    """The `Rope` of a transformers config; `layer_type` where its `rope_parameters` has one entry for each.
+
+    `dynamic` and `longrope` depend on length: the table is that of a sequence of `max_model_len` tokens, so that cached keys stay valid.
+
+    Raises:
+        TpuInferenceError: an unknown variant.
+    """
+    parameters = config.rope_parameters
+    parameters = parameters[layer_type] if layer_type is not None else parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in SERVED:
+        raise TpuInferenceError(f"rope_type={kind!r} is not served; served are {', '.join(SERVED)}.")
+    if kind == "default":
+        rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
+        return Rope(tuple(float(f) for f in 1.0 / np.float32(parameters["rope_theta"]) ** exponents))
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu", seq_len=max_model_len, layer_type=layer_type)
+    return Rope(tuple(inv_freq.float().tolist()), float(factor))

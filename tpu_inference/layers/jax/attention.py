@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention: fused q, k, v with heads laid out per shard, rotary embedding, the paged op, output projection."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tpu_inference.layers.common.attention import KVCache, attention
+from tpu_inference.layers.common.attention_metadata import AttentionMetadata
+from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.heads import plan_heads
+from tpu_inference.layers.common.rope import apply_rope
+from tpu_inference.layers.common.weights import Piece, Source, merge_pieces, slots
+from tpu_inference.layers.jax.config import DecoderConfig
+from tpu_inference.layers.jax.linear import Linear
+from tpu_inference.layers.jax.norm import RMSNorm
+
+
+class Attention(nnx.Module):
+    """One layer's attention."""
+
+    def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
+        self.cfg, self.mesh, self.shards = cfg, ctx.mesh, ctx.shards
+        self.heads = plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, ctx.shards)
+        rows = (plan.num_q_slots + 2 * plan.num_kv_slots) * cfg.head_dim
+        self.qkv = Linear(
+            ctx, (rows, cfg.hidden_size), ("heads", "embed"), self._qkv_pieces(".weight", cfg.hidden_size),
+            bias=self._qkv_pieces(".bias") if cfg.qkv_bias else None,
+        )  # fmt: skip
+        name, width = f"{cfg.names.layer}.{cfg.names.o}", cfg.num_heads * cfg.head_dim
+        source = Source(f"{name}.weight", (cfg.hidden_size, width))
+        bias = Source(f"{name}.bias", (cfg.hidden_size,)).piece(0, cfg.hidden_size)
+        self.o = Linear(
+            ctx, (cfg.hidden_size, plan.num_q_slots * cfg.head_dim), ("embed", "heads"),
+            slots(source, plan.q_slots, cfg.head_dim), axis=1, bias=[bias] if cfg.o_bias else None,
+        )  # fmt: skip
+        self.q_norm, self.k_norm = (
+            RMSNorm(ctx, f"{cfg.names.layer}.{name}", cfg.head_dim, cfg.eps, cfg.norm_offset) if cfg.qk_norm else None
+            for name in (cfg.names.q_norm, cfg.names.k_norm)
+        )
+
+    def _qkv_pieces(self, suffix: str, *inner: int) -> tuple[Piece, ...]:
+        """Rows of shard 0's q, k and v, then those of shard 1, …, so that an even split gives each shard its heads."""
+        cfg, plan = self.cfg, self.heads
+        counts = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+        names = [f"{cfg.names.layer}.{name}{suffix}" for name in cfg.names.qkv]
+        sizes = [count * cfg.head_dim for count in counts]
+        if len(names) == 1:
+            offsets = (0, sizes[0], sizes[0] + sizes[1])
+            sources = [Source(names[0], (sum(sizes), *inner), offset) for offset in offsets]
+        else:
+            sources = [Source(name, (size, *inner)) for name, size in zip(names, sizes, strict=True)]
+        pieces: list[Piece] = []
+        for shard in range(self.shards):
+            for source, all_slots in zip(sources, (plan.q_slots, plan.kv_slots, plan.kv_slots), strict=True):
+                per = len(all_slots) // self.shards
+                pieces += slots(source, all_slots[shard * per : (shard + 1) * per], cfg.head_dim)
+        return merge_pieces(pieces)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        kv_cache: KVCache,
+        layer: int | jax.Array,
+        meta: AttentionMetadata,
+        rope: tuple[jax.Array, jax.Array],
+        window: Any,
+    ) -> tuple[jax.Array, KVCache]:
+        """x: [T, hidden]; `rope` cosine and sine [T, ...]; `window` a Python int, None, or traced (<= 0: none)."""
+        cfg, plan, tokens = self.cfg, self.heads, x.shape[0]
+        per_q, per_kv = plan.num_q_slots // self.shards, plan.num_kv_slots // self.shards
+        qkv = self.qkv(x).reshape(tokens, self.shards, per_q + 2 * per_kv, cfg.head_dim)
+        parts = (qkv[:, :, :per_q], qkv[:, :, per_q : per_q + per_kv], qkv[:, :, per_q + per_kv :])
+        q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in parts)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        out, kv_cache = attention(
+            q, k, v, kv_cache, layer, meta,
+            mesh=self.mesh, scale=cfg.scale, soft_cap=cfg.attention_soft_cap, sliding_window=window,
+        )  # fmt: skip
+        return self.o(out.reshape(tokens, -1)), kv_cache

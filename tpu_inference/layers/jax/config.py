@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dense decoder is made of: the one description that its layers are built from."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.rope import Rope, rope_from_config
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Names in the checkpoint; those of a layer are relative to `layer`. A name alone instead of several: the checkpoint fuses them."""
+
+    embed: str = "model.embed_tokens"
+    layer: str = "model.layers.{layer}"
+    norm: str = "model.norm"
+    lm_head: str = "lm_head"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    o: str = "self_attn.o_proj"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    """Before attention, and after it where there are two."""
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    """Before the MLP, and after it where there are two."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A dense decoder-only transformer."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    activation: str
+    scale: float
+    """Factor on attention scores."""
+    ropes: tuple[Rope, ...]
+    """Kinds of rotary embedding, and below which one each layer uses."""
+    rope_of_layer: tuple[int, ...]
+    window_of_layer: tuple[int | None, ...]
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    attention_soft_cap: float | None = None
+    logits_soft_cap: float | None = None
+    names: WeightNames = field(default_factory=WeightNames)
+
+
+def decoder_config(hf: Any, max_model_len: int, **choices: Any) -> DecoderConfig:
+    """The common reading of a transformers config; a family passes what it does differently as `choices`.
+
+    Raises:
+        TpuInferenceError: a field that the layers do not serve.
+    """
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    activation = getattr(hf, "hidden_act", None) or hf.hidden_activation
+    if activation not in ACTIVATIONS:
+        raise TpuInferenceError(f"hidden_act={activation!r} is not served; served are {', '.join(ACTIVATIONS)}.")
+    kinds = layer_kinds(hf)
+    rope_keys = [kind if kind in hf.rope_parameters else None for kind in kinds]
+    unique = list(dict.fromkeys(rope_keys))
+    fields = dict(
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
+        head_dim=head_dim,
+        eps=hf.rms_norm_eps,
+        activation=activation,
+        scale=head_dim**-0.5,
+        ropes=tuple(rope_from_config(hf, head_dim, max_model_len, key) for key in unique),
+        rope_of_layer=tuple(unique.index(key) for key in rope_keys),
+        window_of_layer=tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds),
+        tie_embeddings=bool(hf.tie_word_embeddings),
+    )
+    return DecoderConfig(**{**fields, **choices})
+
+
+def layer_kinds(hf: Any) -> list[str]:
+    """"full_attention" or "sliding_attention" of each layer: the config's list, else its `sliding_window` for all."""
+    kinds = getattr(hf, "layer_types", None)
+    if kinds is None:
+        everywhere = "sliding_attention" if getattr(hf, "sliding_window", None) else "full_attention"
+        kinds = [everywhere] * hf.num_hidden_layers
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown or len(kinds) != hf.num_hidden_layers:
+        raise TpuInferenceError(
+            f"layer_types must name full_attention or sliding_attention for each of {hf.num_hidden_layers} layers; "
+            f"it has {len(kinds)} entries{', among them ' + ', '.join(unknown) if unknown else ''}."
+        )
+    return list(kinds)

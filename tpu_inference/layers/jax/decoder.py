@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dense decoder: embedding, layers that repeat by scan or by loop, final norm, logits."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpu_inference.layers.common.attention import KVCache
+from tpu_inference.layers.common.attention_metadata import AttentionMetadata
+from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.linear import matmul
+from tpu_inference.layers.common.weights import Source, WeightSpec, map_specs, padded
+from tpu_inference.layers.jax.attention import Attention
+from tpu_inference.layers.jax.config import DecoderConfig
+from tpu_inference.layers.jax.mlp import GatedMLP
+from tpu_inference.layers.jax.norm import RMSNorm
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each with a norm before and, where the family has one, a norm after."""
+
+    def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
+        def norms(names: tuple[str, ...]) -> nnx.List:
+            return nnx.List(
+                RMSNorm(ctx, f"{cfg.names.layer}.{name}", cfg.hidden_size, cfg.eps, cfg.norm_offset) for name in names
+            )
+
+        self.attention_norms, self.mlp_norms = norms(cfg.names.attention_norms), norms(cfg.names.mlp_norms)
+        self.attention, self.mlp = Attention(cfg, ctx), GatedMLP(cfg, ctx)
+
+    def __call__(self, x: jax.Array, kv_cache: KVCache, layer, meta: AttentionMetadata, rope, window):
+        """Returns (x, kv_cache)."""
+        before, *after = self.attention_norms
+        y, kv_cache = self.attention(before(x), kv_cache, layer, meta, rope, window)
+        for norm in after:
+            y = norm(y)
+        x = x + y
+        before, *after = self.mlp_norms
+        y = self.mlp(before(x))
+        for norm in after:
+            y = norm(y)
+        return x + y, kv_cache
+
+
+def _with_specs(module: nnx.Module, fn) -> Any:
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, map_specs(fn, state))
+
+
+class Decoder(nnx.Module):
+    """A causal language model. Built abstract: its parameters are `WeightSpec`s until arrays are merged in."""
+
+    def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
+        self.cfg, self.scans = cfg, ctx.scans
+        self.dtype, self.accumulate_dtype = ctx.dtype, ctx.accumulate_dtype
+        self.embed = nnx.Param(self._vocab_spec(cfg.names.embed, ctx))
+        layer = DecoderLayer(cfg, ctx)
+        if self.scans:
+            self.layers = _with_specs(layer, lambda spec: spec.stacked(cfg.num_layers))
+        else:
+            self.layers = nnx.List(
+                _with_specs(layer, lambda spec, i=i: spec.of_layer(i)) for i in range(cfg.num_layers)
+            )
+        self.norm = RMSNorm(ctx, cfg.names.norm, cfg.hidden_size, cfg.eps, cfg.norm_offset)
+        self.lm_head = None if cfg.tie_embeddings else nnx.Param(self._vocab_spec(cfg.names.lm_head, ctx))
+
+    def _vocab_spec(self, name: str, ctx: BuildContext) -> WeightSpec:
+        size, width = self.cfg.vocab_size, self.cfg.hidden_size
+        rows = -(-size // ctx.shards) * ctx.shards
+        source = Source(f"{name}.weight", (size, width))
+        return WeightSpec((rows, width), ctx.dtype, ("vocab", "embed"), padded(source, size, rows))
+
+    def __call__(
+        self, token_ids: jax.Array, kv_cache: KVCache, meta: AttentionMetadata
+    ) -> tuple[jax.Array, KVCache]:
+        """Token ids [T] -> (hidden states [T, hidden] after the last norm, kv_cache)."""
+        x = self.embed[...][token_ids]
+        if self.cfg.embed_scale != 1.0:
+            x = x * jnp.asarray(self.cfg.embed_scale, x.dtype)
+        ropes = [rope.cos_sin(meta.positions) for rope in self.cfg.ropes]
+        x, kv_cache = (self._scan if self.scans else self._loop)(x, kv_cache, meta, ropes)
+        return self.norm(x), kv_cache
+
+    def _loop(self, x, kv_cache, meta, ropes):
+        cfg = self.cfg
+        for i, layer in enumerate(self.layers):
+            x, kv_cache = layer(x, kv_cache, i, meta, ropes[cfg.rope_of_layer[i]], cfg.window_of_layer[i])
+        return x, kv_cache
+
+    def _scan(self, x, kv_cache, meta, ropes):
+        cfg = self.cfg
+        graphdef, state = nnx.split(self.layers)
+        # What all layers share stays a Python value, so that the op can leave its masks out.
+        shared = set(cfg.window_of_layer)
+        windows = jnp.asarray([w or -1 for w in cfg.window_of_layer], jnp.int32)
+        cos, sin = (jnp.stack(tables) for tables in zip(*ropes, strict=True))
+        rope_of_layer = jnp.asarray(cfg.rope_of_layer, jnp.int32)
+
+        def body(carry, per_layer):
+            x, kv_cache = carry
+            state, layer, window, rope = per_layer
+            window = window if len(shared) > 1 else cfg.window_of_layer[0]
+            tables = (cos[rope], sin[rope]) if len(ropes) > 1 else (cos[0], sin[0])
+            return nnx.merge(graphdef, state)(x, kv_cache, layer, meta, tables, window), None
+
+        layers = jnp.arange(cfg.num_layers, dtype=jnp.int32)
+        return jax.lax.scan(body, (x, kv_cache), (state, layers, windows, rope_of_layer))[0]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [N, vocab_size] of hidden states [N, hidden]."""
+        weight = self.embed if self.lm_head is None else self.lm_head
+        logits = matmul(hidden, weight[...], self.accumulate_dtype)[:, : self.cfg.vocab_size].astype(jnp.float32)
+        cap = self.cfg.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def forward(graphdef, params, kv_cache: KVCache, token_ids: jax.Array, meta: AttentionMetadata):
+    """`Decoder.__call__` as a pure function. Returns (hidden, kv_cache)."""
+    return nnx.merge(graphdef, params)(token_ids, kv_cache, meta)
+
+
+def logits(graphdef, params, hidden: jax.Array) -> jax.Array:
+    """`Decoder.logits` as a pure function."""
+    return nnx.merge(graphdef, params).logits(hidden)
+
+
+def pure_functions(module: Decoder):
+    """(specs, forward, logits): the tree of `WeightSpec`s, and the two functions of arrays in its place."""
+    graphdef, specs = nnx.split(module)
+    return specs, partial(forward, graphdef), partial(logits, graphdef)

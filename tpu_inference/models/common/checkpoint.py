@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's tensors by name, read slice by slice from safetensors or PyTorch files."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpu_inference.errors import TpuInferenceError
+
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class CheckpointError(TpuInferenceError):
+    """Everything that is wrong with a checkpoint, one line each."""
+
+    def __init__(self, where: str, problems: Sequence[str]) -> None:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"The checkpoint at {where} cannot be loaded ({len(problems)} problem(s)):\n{lines}")
+        self.problems = list(problems)
+
+
+class _SafetensorsFile:
+    """Memory-mapped; a slice reads only its bytes."""
+
+    def __init__(self, path: str) -> None:
+        from safetensors import safe_open
+
+        self._file = safe_open(path, framework="numpy")
+        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
+
+
+class _TorchFile:
+    """`torch.save`d state dict, memory-mapped where the file's format allows."""
+
+    def __init__(self, path: str) -> None:
+        import torch
+
+        self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        import ml_dtypes
+        import torch
+
+        tensor = self._tensors[name][index].contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+class Checkpoint:
+    """The tensors of several files."""
+
+    def __init__(self, files: Iterable[str]) -> None:
+        """Opens every file. Raises CheckpointError that names all that are missing, truncated or not of their format."""
+        self.files = sorted(files)
+        self.where = str(Path(self.files[0]).parent) if self.files else "(no files)"
+        self._file_of: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        problems = self._missing_files()
+        for path in self.files:
+            opener = _SafetensorsFile if path.endswith(".safetensors") else _TorchFile
+            try:
+                file = opener(path)
+            except Exception as error:  # each reader has its own kinds
+                problems.append(f"{Path(path).name} is missing, corrupt or truncated: {str(error).splitlines()[0]}")
+                continue
+            self._file_of.update(dict.fromkeys(file.shapes, file))
+            self.shapes.update(file.shapes)
+        if problems:
+            raise CheckpointError(self.where, problems)
+
+    def _missing_files(self) -> list[str]:
+        """Files that the checkpoint's index names and that are not there."""
+        problems, have = [], {Path(path).name for path in self.files}
+        for index in (Path(self.where) / name for name in INDEX_FILES):
+            suffix = ".safetensors" if "safetensors" in index.name else ".bin"
+            if index.exists() and any(name.endswith(suffix) for name in have):
+                named = set(json.loads(index.read_text())["weight_map"].values())
+                problems += [f"{name} is named in {index.name} but missing" for name in sorted(named - have)]
+        return problems
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """`tensor[index]`, in the dtype of the file."""
+        return self._file_of[name].read(name, index)

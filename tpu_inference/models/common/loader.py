@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to parameters on the devices: each weight straight to its shards, a slice at a time."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from tpu_inference.layers.common.heads import plan_heads
+from tpu_inference.layers.common.weights import Piece, WeightSpec, map_specs
+from tpu_inference.layers.jax.decoder import Decoder, pure_functions
+from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
+from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
+
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
+"""Buffers that old checkpoints carry and nothing reads."""
+
+
+def leaves(specs: Any) -> list[WeightSpec]:
+    """All specs of a tree."""
+    return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, WeightSpec))
+
+
+def expected_tensors(specs: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every checkpoint tensor that the tree reads."""
+    return {
+        name.format(layer=layer): shape
+        for spec in leaves(specs)
+        for name, shape in spec.sources().items()
+        for layer in spec.layer_indices
+    }
+
+
+def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None) -> None:
+    """Raises CheckpointError with every missing, left-over and mis-shaped tensor."""
+    expected, found = expected_tensors(specs), checkpoint.shapes
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    problems += [
+        f"mis-shaped: {name} is {list(found[name])}, the config asks for {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems += [
+        f"left over: {name} {list(shape)} is not read by this architecture"
+        for name, shape in found.items()
+        if name not in expected and name != tied_head and not IGNORED.search(name)
+    ]
+    if problems:
+        raise CheckpointError(checkpoint.where, problems)
+
+
+def _fill(out: np.ndarray, spec: WeightSpec, checkpoint: Checkpoint, layer: int | None, box: Sequence[slice]) -> None:
+    """Fill `out` with the part `box` (a slice of each dimension) of one layer's weight."""
+    axis, window = spec.axis, box[spec.axis]
+    start = 0
+    for piece in spec.pieces:
+        low, high = max(start, window.start), min(start + piece.size, window.stop)
+        if low < high:
+            target = [slice(None)] * out.ndim
+            target[axis] = slice(low - window.start, high - window.start)
+            out[tuple(target)] = _read(piece, checkpoint, layer, box, axis, low - start, high - start)
+        start += piece.size
+
+
+def _read(piece: Piece, checkpoint: Checkpoint, layer: int | None, box, axis: int, low: int, high: int) -> Any:
+    if piece.source is None:
+        return 0
+    index = list(box)
+    index[axis] = slice(piece.start + low, piece.start + high)
+    return checkpoint.read(piece.source.name.format(layer=layer), tuple(index))
+
+
+def load_weight(spec: WeightSpec, checkpoint: Checkpoint, mesh: Mesh) -> jax.Array:
+    """The array on its devices. Host memory beyond it: one shard of one weight."""
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        full = [slice(*s.indices(n)[:2]) for s, n in zip(index, spec.device_shape, strict=True)]
+        stacked, box = (full[:1], full[1:]) if spec.layers is not None else ([], full)
+        out = np.zeros([s.stop - s.start for s in full], spec.dtype)
+        if not stacked:
+            _fill(out, spec, checkpoint, spec.layer, box)
+        for i, layer in enumerate(range(stacked[0].start, stacked[0].stop) if stacked else ()):
+            _fill(out[i], spec, checkpoint, layer, box)
+        return out
+
+    abstract = spec.abstract(mesh)
+    return jax.make_array_from_callback(spec.device_shape, abstract.sharding, shard)
+
+
+def dummy_weight(spec: WeightSpec, mesh: Mesh, seed: int) -> jax.Array:
+    """A random array (or a constant, as the spec says) made where it stays."""
+    abstract = spec.abstract(mesh)
+
+    def make() -> jax.Array:
+        if spec.init != "normal":
+            return jnp.full(abstract.shape, float(spec.init == "ones"), abstract.dtype)
+        return (0.02 * jax.random.normal(jax.random.key(seed), abstract.shape, jnp.float32)).astype(abstract.dtype)
+
+    return jax.jit(make, out_shardings=abstract.sharding)()
+
+
+def load_params(specs: Any, checkpoint: Checkpoint | None, mesh: Mesh, *, progress: bool = True) -> Any:
+    """The tree with every spec replaced by its array; random ones without a checkpoint."""
+    bar = tqdm(total=len(leaves(specs)), desc="Loading weights", unit="array", disable=not progress)
+    count = iter(range(len(leaves(specs))))
+
+    def load(spec: WeightSpec) -> jax.Array:
+        array = dummy_weight(spec, mesh, next(count)) if checkpoint is None else load_weight(spec, checkpoint, mesh)
+        # Let the source go before the next is read, or the host holds several.
+        array.block_until_ready()
+        bar.update()
+        return array
+
+    with bar:
+        return map_specs(load, specs)
+
+
+def model_functions(module: Decoder, params: Any, mesh: Mesh, kv_dtype: Any) -> ModelFunctions:
+    """What the runner needs of `module` with `params` in place of its specs."""
+    _, forward, logits = pure_functions(module)
+    cfg = module.cfg
+    layers = tuple(AttentionLayer(f"model.layers.{i}.self_attn", w) for i, w in enumerate(cfg.window_of_layer))
+    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, mesh.shape["model"])
+    return ModelFunctions(
+        params=params,
+        forward=forward,
+        logits=logits,
+        layers=layers,
+        num_kv_heads=plan.num_kv_slots,
+        head_dim=cfg.head_dim,
+        kv_dtype=kv_dtype,
+        flat_kv=module.scans,
+        vocab_size=cfg.vocab_size,
+        hidden=jax.ShapeDtypeStruct((1, cfg.hidden_size), module.dtype),
+    )
