@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target installs what it needs into .venv first; a second run finds it there.
+#   make PYTHON=/path/to/python3.12 demo    chooses the interpreter of a new .venv
+#   make serve ARGS="--port 8001"           passes arguments on (serve, demo, test)
+SHELL := /bin/bash
+PYTHON ?=
+ARGS ?=
+export PYTHON
+INSTALL := scripts/install.sh
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint format docs ci clean
+
+help: ## Show this
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+install: ## Make .venv with vLLM and this package
+	@$(INSTALL)
+
+demo: ## Serve text from the small checkpoint of this repository
+	@$(INSTALL)
+	@$(BIN)/python -m tpu_inference.demo $(ARGS)
+
+serve: ## Start vLLM's OpenAI-compatible server on the same checkpoint, port 8000
+	@$(INSTALL)
+	$(BIN)/vllm serve tpu_inference/demo/model --served-model-name demo $(ARGS)
+
+# pytest exits with 5 where no test of a tier is there to run.
+test: ## Run the tests: the quick ones, then those marked slow
+	@$(INSTALL) --dev
+	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -m slow $(ARGS) || [ $$? -eq 5 ]
+
+lint: ## Check style, import ladder and types
+	@$(INSTALL) --dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: ## Format the code and fix what can be fixed
+	@$(INSTALL) --dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: ## Build the documentation into site/
+	@$(INSTALL) --dev --docs
+	$(BIN)/mkdocs build --strict --quiet
+
+ci: ## What continuous integration runs
+	@bash .ci/run
+
+clean: ## Remove .venv and everything generated
+	rm -rf .venv site .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment that every test runs in, and tiny checkpoints shared by all."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Before JAX and vLLM are imported, which read these once.
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_XLA_CHECK_RECOMPILATION="1",
+    VLLM_NO_USAGE_STATS="1",
+    TRANSFORMERS_VERBOSITY="error",
+    HF_HUB_OFFLINE="1",
+)
+os.environ.setdefault("VLLM_XLA_CACHE_PATH", str(Path(tempfile.gettempdir()) / f"tpu-inference-tests-{os.getuid()}"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    """name -> directory of a tiny checkpoint (see helpers.tiny_models), made when first asked for."""
+    from helpers import tiny_models
+
+    directory = tmp_path_factory.mktemp("zoo")
+    return lambda name, **options: tiny_models.save(name, directory, **options)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy tokens and logprobs equal transformers' on the same float32 weights, whatever happens to the request on the way."""
+
+import numpy as np
+import pytest
+from helpers import tiny_models
+from helpers.engines import engine, free_blocks, generate, greedy_params, scheduler, tokens
+from helpers.tiny_models import FAMILIES, greedy, prompts
+
+COUNT = 64
+SLOW = {name for name in FAMILIES if name not in ("llama", "gemma3", "phi3")}
+
+
+def families(*, always_slow: bool = False):
+    return [pytest.param(n, marks=pytest.mark.slow if always_slow or n in SLOW else ()) for n in FAMILIES]
+
+
+def check(path, batch, got):
+    for prompt, answer in zip(batch, got, strict=True):
+        assert answer == greedy(path, prompt, len(answer))
+    assert min(len(set(answer)) for answer in got) >= 20, "these tokens prove little: they repeat"
+
+
+@pytest.mark.parametrize("name", families())
+def test_alone_in_a_batch_chunked_and_prefix_cached(zoo, name):
+    path = zoo(name)
+    batch = prompts(17)
+    assert max(map(len, batch)) > 48 and min(map(len, batch)) < 8
+    with engine(path) as llm:
+        alone = batch[-1]
+        check(path, [alone], tokens(llm, [alone], COUNT))
+        together = tokens(llm, batch, COUNT)
+        check(path, batch, together)
+        longest = max(batch, key=len)
+        (again,) = generate(llm, [longest], greedy_params(COUNT))
+        assert again.num_cached_tokens >= 16
+        assert list(again.outputs[0].token_ids) == together[batch.index(longest)]
+        free, total = free_blocks(llm)
+        assert free == total
+
+
+@pytest.mark.parametrize("name", [n for n in families() if n.values[0] in ("llama", "gemma3", "mistral")])
+def test_after_preemption(zoo, name):
+    path = zoo(name)
+    batch = prompts(8, seed=1)
+    with engine(path, num_gpu_blocks_override=16, enable_prefix_caching=False, max_model_len=128) as llm:
+        preempted = []
+        original = scheduler(llm)._preempt_request
+
+        def spy(request, *args, **kwargs):
+            preempted.append(request.request_id)
+            return original(request, *args, **kwargs)
+
+        scheduler(llm)._preempt_request = spy
+        check(path, batch, tokens(llm, batch, COUNT))
+        assert preempted, "the cache was large enough: nothing was tested"
+        free, total = free_blocks(llm)
+        assert free == total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [2, 8])
+@pytest.mark.parametrize("name", families(always_slow=True))
+def test_tensor_parallel(zoo, name, tp):
+    path = zoo(name)
+    batch = prompts(5, seed=2)
+    with engine(path, tensor_parallel_size=tp) as llm:
+        check(path, batch, tokens(llm, batch, COUNT))
+
+
+@pytest.mark.parametrize("options", [dict(async_scheduling=False), dict(additional_config={"scan_layers": True})])
+def test_other_ways_to_run(zoo, options):
+    path = zoo("gemma3")
+    batch = prompts(5, seed=3)
+    with engine(path, **options) as llm:
+        check(path, batch, tokens(llm, batch, COUNT))
+
+
+def test_logprobs(zoo):
+    path = zoo("llama")
+    batch = prompts(3, seed=4, longest=40)
+    with engine(path) as llm:
+        outputs = generate(llm, batch, greedy_params(10, logprobs=5, prompt_logprobs=3))
+    for prompt, output in zip(batch, outputs, strict=True):
+        expected = tiny_models.logprobs(path, prompt + list(output.outputs[0].token_ids))
+        assert output.prompt_logprobs[0] is None
+        for position, found in enumerate(output.prompt_logprobs[1:], start=1):
+            compare(found, expected[position - 1], 3, prompt[position])
+        for i, found in enumerate(output.outputs[0].logprobs):
+            compare(found, expected[len(prompt) - 1 + i], 5, output.outputs[0].token_ids[i])
+
+
+def compare(found, expected, k, token):
+    """`found` has the k likeliest tokens and `token`, with their logprobs and ranks."""
+    order = np.argsort(-expected)
+    assert set(found) == {*order[:k].tolist(), token}
+    for token_id, logprob in found.items():
+        assert logprob.logprob == pytest.approx(expected[token_id], abs=1e-4)
+        assert order[logprob.rank - 1] == token_id

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's `LLM` in this process, and what tests ask of it."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+from helpers.tiny_models import MAX_LEN
+
+DEFAULTS: dict[str, Any] = dict(
+    dtype="float32",
+    max_model_len=MAX_LEN,
+    max_num_seqs=20,
+    max_num_batched_tokens=64,
+    long_prefill_token_threshold=16,
+    block_size=16,
+    num_gpu_blocks_override=400,
+    skip_tokenizer_init=True,
+    disable_log_stats=True,
+)
+"""Prefills are chunked at 16 tokens."""
+
+
+@contextmanager
+def engine(path: str, **options: Any) -> Iterator[LLM]:
+    """An engine that is gone afterwards."""
+    llm = LLM(path, **{**DEFAULTS, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def greedy_params(count: int, **more: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False, **more)
+
+
+def generate(llm: LLM, prompts: Sequence[list[int]], params: Any) -> list[Any]:
+    """Request outputs in the order of `prompts`."""
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+
+def tokens(llm: LLM, prompts: Sequence[list[int]], count: int = 64, **more: Any) -> list[list[int]]:
+    """Greedy continuations."""
+    return [list(out.outputs[0].token_ids) for out in generate(llm, prompts, greedy_params(count, **more))]
+
+
+def scheduler(llm: LLM) -> Any:
+    """vLLM's scheduler behind an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm: LLM) -> tuple[int, int]:
+    """(free blocks, blocks there are besides the null block)."""
+    pool = scheduler(llm).kv_cache_manager.block_pool
+    return pool.get_num_free_blocks(), pool.num_gpu_blocks - 1

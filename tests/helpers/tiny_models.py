@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny checkpoints with odd shapes, saved by transformers, and what transformers generates from them."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+VOCAB_SIZE = 331
+MAX_LEN = 256
+SCALE = 16.0
+"""Of the matrices: enough for greedy decoding to wander instead of repeating itself."""
+_COMMON = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=96,
+    intermediate_size=101,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=80,
+    max_position_embeddings=MAX_LEN,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_LLAMA3 = dict(
+    rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)  # fmt: skip
+_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+_GEMMA = dict(num_attention_heads=4, num_key_value_heads=2, query_pre_attn_scalar=80, sliding_window=24)
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-llama3-rope-bias": ("LlamaConfig", dict(rope_parameters=_LLAMA3, attention_bias=True, mlp_bias=True)),
+    "llama-yarn": ("LlamaConfig", dict(rope_parameters=_YARN)),
+    "llama-linear": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
+    "llama-dynamic": ("LlamaConfig", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0))),
+    "mistral": ("MistralConfig", dict(sliding_window=24)),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "gemma2": ("Gemma2Config", dict(_GEMMA, layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma3": ("Gemma3TextConfig", dict(_GEMMA, layer_types=["sliding_attention"] * 2 + ["full_attention"])),
+    # Phi-3 has no head_dim of its own: hidden_size / heads.
+    "phi3": ("Phi3Config", dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)),
+}
+"""Name -> (class of transformers' config, what differs from the common shape)."""
+
+
+def build(name: str) -> torch.nn.Module:
+    """A float32 model with random weights, scaled so that greedy decoding wanders."""
+    import transformers
+
+    kind, extra = FAMILIES[name]
+    fields = {**_COMMON, **extra}
+    if name.startswith("qwen2") or name == "phi3":
+        fields.pop("head_dim")
+    torch.manual_seed(len(name))
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**fields), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(SCALE)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.float().eval()
+
+
+def save(name: str, directory: Path, **options: Any) -> str:
+    """Save the checkpoint unless it is there; returns its directory."""
+    path = directory / name
+    if not (path / "config.json").exists():
+        build(name).save_pretrained(path, **options)
+    return str(path)
+
+
+def prompts(count: int, *, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    """Random token ids of mixed lengths."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, VOCAB_SIZE, rng.integers(1, longest)).tolist() for _ in range(count)]
+
+
+@lru_cache
+def _model(path: str) -> torch.nn.Module:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").float().eval()
+
+
+def greedy(path: str, prompt: list[int], count: int) -> list[int]:
+    """The `count` tokens that transformers continues `prompt` with."""
+    with torch.no_grad():
+        out = _model(path).generate(
+            torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None
+        )
+    return out[0, len(prompt) :].tolist()
+
+
+def logprobs(path: str, tokens: list[int]) -> np.ndarray:
+    """float32 [len(tokens), vocab]: transformers' log-softmax at each position."""
+    with torch.no_grad():
+        return torch.log_softmax(_model(path)(torch.tensor([tokens])).logits[0], dim=-1).numpy()

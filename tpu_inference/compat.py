@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every touch of what vLLM and torch do not promise to keep. Verified with vLLM 0.32.0 and torch 2.13.
+
+| what | where | why | until |
+|---|---|---|---|
+| `torch.accelerator` made no-ops | `quiet_torch_accelerator` | vLLM calls it at shutdown and while loading; it fails once torchax is imported | vLLM asks the platform instead |
+| `vllm.envs.environment_variables` extended | `envs.register_with_vllm` | else our variables are warned about and not forwarded by Ray | vLLM has a registration call |
+| `VLLM_XLA_USE_SPMD=1` | `env_override` | else vLLM defaults to one process a device | vLLM lets a platform choose its executor |
+| `DefaultModelLoader._prepare_weights` | `weight_files` | the one place that knows hubs, revisions and which files count | it is public |
+| logits processor plugins | `unserved_logits_processors` | vLLM drops them silently for TPU | they are served |
+"""
+
+from importlib.metadata import entry_points
+from typing import Any
+
+
+def quiet_torch_accelerator() -> None:
+    """Make the calls that vLLM makes on "the accelerator" do nothing: torch has none here, JAX holds the device."""
+    import torch
+
+    def nothing(*args: object, **kwargs: object) -> None:
+        return None
+
+    for name in ("empty_cache", "empty_host_cache", "synchronize"):
+        if hasattr(torch.accelerator, name):
+            setattr(torch.accelerator, name, nothing)
+
+
+def unserved_logits_processors() -> list[str]:
+    """Logits processors that installed packages declare; vLLM loads them everywhere but on the TPU platform."""
+    return [f"{entry.name} ({entry.value})" for entry in entry_points(group="vllm.logits_processors")]
+
+
+def weight_files(model_config: Any, load_config: Any) -> list[str]:
+    """Paths of the checkpoint's weight files, found (and fetched from the hub where the model is a name) by vLLM's loader."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    model = getattr(model_config, "model_weights", None) or model_config.model
+    _, files, _, _ = DefaultModelLoader(load_config)._prepare_weights(
+        model, None, model_config.revision, fall_back_to_pt=True, allow_patterns_overrides=None
+    )
+    return files

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a vLLM configuration may not ask for yet, as a table: refused before anything is loaded, all of it in one error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tpu_inference import envs
+from tpu_inference.config import TpuConfig
+from tpu_inference.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+SERVED_DTYPES = [torch.bfloat16, torch.float32]
+"""The first is what vLLM falls back to for a checkpoint of another type."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """`asked` returns what was asked for, or something false."""
+
+    asked: Callable[["VllmConfig"], Any]
+    what: str
+    advice: str
+
+
+def _of_model(get: Callable[["ModelConfig"], Any]) -> Callable[["VllmConfig"], Any]:
+    """A question to the model's part of the configuration, which vLLM leaves out in some of its own checks."""
+    return lambda config: config.model_config is not None and get(config.model_config)
+
+
+def _more_than_one(size: int) -> int:
+    return size if size > 1 else 0
+
+
+def _unserved_cache_dtype(config: "VllmConfig") -> str | None:
+    asked, model = config.cache_config.cache_dtype, config.model_config
+    own = str(model.dtype).removeprefix("torch.") if model is not None else None
+    return None if asked in ("auto", own) else asked
+
+
+def _unserved_executor(config: "VllmConfig") -> str | None:
+    backend = config.parallel_config.distributed_executor_backend
+    name = getattr(backend, "__name__", backend)
+    return name if isinstance(backend, str) and backend in ("mp", "ray", "external_launcher") else None
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    # Parallelism
+    Refusal(
+        lambda c: _more_than_one(c.parallel_config.pipeline_parallel_size),
+        "pipeline parallelism (pipeline_parallel_size={})",
+        "use --tensor-parallel-size",
+    ),
+    Refusal(
+        lambda c: _more_than_one(c.parallel_config.data_parallel_size),
+        "data parallelism (data_parallel_size={})",
+        "start one server a replica",
+    ),
+    Refusal(
+        lambda c: c.parallel_config.enable_expert_parallel,
+        "expert parallelism",
+        "remove --enable-expert-parallel",
+    ),
+    Refusal(lambda c: c.parallel_config.enable_eplb, "expert load balancing", "remove --enable-eplb"),
+    Refusal(
+        lambda c: _more_than_one(c.parallel_config.prefill_context_parallel_size),
+        "context parallelism (prefill_context_parallel_size={})",
+        "use --tensor-parallel-size",
+    ),
+    Refusal(
+        lambda c: _more_than_one(c.parallel_config.decode_context_parallel_size),
+        "context parallelism (decode_context_parallel_size={})",
+        "use --tensor-parallel-size",
+    ),
+    Refusal(
+        lambda c: _more_than_one(c.parallel_config.nnodes),
+        "serving on several hosts (nnodes={})",
+        "use a slice of one host",
+    ),
+    Refusal(lambda c: c.parallel_config.enable_dbo, "dual batch overlap", "remove --enable-dbo"),
+    Refusal(
+        _unserved_executor,
+        "the executor {!r} (one process drives all devices of a host)",
+        "remove --distributed-executor-backend, or give it uni, and leave VLLM_XLA_USE_SPMD unset",
+    ),
+    # Features
+    Refusal(lambda c: c.lora_config, "LoRA", "remove --enable-lora, or merge the adapter into the checkpoint"),
+    Refusal(lambda c: c.speculative_config, "speculative decoding", "remove --speculative-config"),
+    Refusal(lambda c: c.kv_transfer_config, "KV connectors", "remove --kv-transfer-config"),
+    Refusal(lambda c: c.ec_transfer_config, "encoder cache connectors", "remove --ec-transfer-config"),
+    Refusal(lambda c: c.watermark_config, "watermarking", "remove the watermark configuration"),
+    Refusal(lambda c: c.weight_transfer_config, "weight transfer", "remove --weight-transfer-config"),
+    Refusal(
+        lambda c: c.aux_output_config.enable_return_routed_experts,
+        "returning routed experts",
+        "remove --enable-return-routed-experts",
+    ),
+    Refusal(
+        lambda c: c.offload_config.uva.cpu_offload_gb or c.offload_config.prefetch.offload_group_size,
+        "weights offloaded to host memory",
+        "remove --cpu-offload-gb and --offload-group-size, and use more devices",
+    ),
+    Refusal(
+        lambda c: c.cache_config.kv_offloading_size,
+        "a KV cache offloaded to host memory",
+        "remove --kv-offloading-size",
+    ),
+    Refusal(
+        _unserved_cache_dtype,
+        "a KV cache of type {!r}",
+        "use --kv-cache-dtype auto, which keeps it in the model's type",
+    ),
+    Refusal(
+        lambda c: c.cache_config.kv_cache_dtype_skip_layers,
+        "KV cache types by layer",
+        "remove --kv-cache-dtype-skip-layers",
+    ),
+    # The model
+    Refusal(
+        _of_model(lambda m: m.dtype not in SERVED_DTYPES and str(m.dtype).removeprefix("torch.")),
+        "weights of type {}",
+        "use --dtype bfloat16 or --dtype float32",
+    ),
+    Refusal(
+        _of_model(lambda m: m.runner_type != "generate" and m.runner_type),
+        "models run for {} rather than for generation",
+        "use --runner generate with a generative model",
+    ),
+    Refusal(_of_model(lambda m: m.is_encoder_decoder), "encoder-decoder models", "use a decoder-only model"),
+    Refusal(_of_model(lambda m: m.is_diffusion), "diffusion language models", "use an autoregressive model"),
+    Refusal(
+        _of_model(lambda m: m.is_multimodal_model),
+        "models with multimodal input",
+        "use a text-only checkpoint of the family",
+    ),
+    Refusal(
+        _of_model(lambda m: m.is_hybrid or m.is_attention_free),
+        "state-space (Mamba-like) layers",
+        "use a model of attention layers only",
+    ),
+    Refusal(_of_model(lambda m: m.quantization), "quantization ({})", "use an unquantized checkpoint"),
+    Refusal(
+        _of_model(lambda m: m.enable_prompt_embeds), "prompts given as embeddings", "remove --enable-prompt-embeds"
+    ),
+    Refusal(_of_model(lambda m: m.enable_sleep_mode), "sleep mode", "remove --enable-sleep-mode"),
+    Refusal(
+        _of_model(lambda m: m.logits_processors),
+        "custom logits processors ({})",
+        "remove --logits-processors",
+    ),
+    Refusal(
+        _of_model(lambda m: m.logprobs_mode != "raw_logprobs" and m.logprobs_mode),
+        "logprobs_mode={!r}",
+        "use --logprobs-mode raw_logprobs",
+    ),
+    Refusal(
+        _of_model(lambda m: m.max_logprobs == -1),
+        "logprobs of the whole vocabulary (max_logprobs=-1)",
+        "give --max-logprobs a number",
+    ),
+    Refusal(_of_model(lambda m: m.enable_trace_replay), "trace replay", "remove --enable-trace-replay"),
+    Refusal(_of_model(lambda m: m.return_sampling_mask), "returned sampling masks", "remove --return-sampling-mask"),
+    Refusal(
+        _of_model(lambda m: m.model_impl not in ("auto", "vllm") and str(m.model_impl)),
+        "model_impl={!r}",
+        "use --model-impl auto",
+    ),
+    # The environment
+    Refusal(
+        lambda c: envs.MODEL_IMPL_TYPE == "vllm",
+        "vLLM's own PyTorch models (MODEL_IMPL_TYPE=vllm)",
+        "unset MODEL_IMPL_TYPE",
+    ),
+    Refusal(
+        lambda c: envs.PREFILL_SLICES or envs.DECODE_SLICES,
+        "disaggregated serving (PREFILL_SLICES, DECODE_SLICES)",
+        "unset both variables",
+    ),
+)
+
+
+def refuse_unserved(config: "VllmConfig") -> None:
+    """Raise a ConfigError that names everything in the configuration that is not served, and what to do instead."""
+    asked = ((refusal, refusal.asked(config)) for refusal in REFUSALS)
+    found = [f"{refusal.what.format(value)}: {refusal.advice}" for refusal, value in asked if value]
+    if found:
+        raise ConfigError("tpu_inference does not serve this yet: " + "; ".join(found) + ".")
+    TpuConfig.from_vllm(config)
+    if config.model_config is not None:
+        from tpu_inference.models.common.registry import find_architecture
+
+        find_architecture(config.model_config.architectures)

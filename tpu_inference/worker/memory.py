@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes the KV cache may take."""
+
+import os
+
+import jax
+import psutil
+from vllm.config import CacheConfig
+
+from tpu_inference import envs
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.logger import init_logger
+from tpu_inference.runner.startup_report import format_bytes
+
+logger = init_logger(__name__)
+
+CPU_MEMORY_SHARE = 0.125
+"""Of the free RAM, where VLLM_CPU_KVCACHE_SPACE does not say: the machine is somebody's laptop."""
+
+
+def kv_cache_budget(cache: CacheConfig, devices: list[jax.Device], weights: int, temporaries: int) -> int:
+    """Bytes for the KV cache over all `devices`.
+
+    `weights` is the bytes of parameters over all devices, `temporaries` the bytes per device that the largest program needs beside them.
+
+    Raises:
+        TpuInferenceError: nothing is left, with the numbers and what would help.
+    """
+    if cache.kv_cache_memory_bytes:
+        logger.info("KV cache: %s, as kv_cache_memory_bytes says", format_bytes(cache.kv_cache_memory_bytes))
+        return cache.kv_cache_memory_bytes
+    if devices[0].platform == "cpu":
+        return _cpu_budget()
+    return _device_budget(cache, devices, weights, temporaries)
+
+
+def _cpu_budget() -> int:
+    free = psutil.virtual_memory().available
+    if space := envs.VLLM_CPU_KVCACHE_SPACE:
+        budget = int(space * 2**30)
+        if budget > free:
+            raise TpuInferenceError(
+                f"VLLM_CPU_KVCACHE_SPACE={space} asks for {format_bytes(budget)} of KV cache and {format_bytes(free)} of RAM "
+                "are free. Lower it, or free memory."
+            )
+        logger.info("KV cache: %s, as VLLM_CPU_KVCACHE_SPACE says", format_bytes(budget))
+        return budget
+    budget = int(free * CPU_MEMORY_SHARE)
+    logger.info(
+        "KV cache: %s, %.1f %% of the free RAM; set VLLM_CPU_KVCACHE_SPACE (GiB) to change it",
+        format_bytes(budget),
+        100 * CPU_MEMORY_SHARE,
+    )
+    return budget
+
+
+def _device_budget(cache: CacheConfig, devices: list[jax.Device], weights: int, temporaries: int) -> int:
+    """The smallest device decides: shards are equal."""
+    stats = [device.memory_stats() for device in devices]
+    limit = min(s["bytes_limit"] for s in stats)
+    used = max(s["bytes_in_use"] for s in stats)
+    share = cache.gpu_memory_utilization
+    left = int(limit * share) - used - temporaries
+    summary = (
+        f"{format_bytes(limit)} HBM x gpu_memory_utilization={share} - {format_bytes(used)} in use "
+        f"(weights {format_bytes(weights // len(devices))}) - {format_bytes(temporaries)} for the programs' temporaries"
+    )
+    if left <= 0:
+        raise TpuInferenceError(
+            f"No memory is left for the KV cache on a device: {summary} = {left / 2**30:.2f} GiB. Raise --gpu-memory-utilization, "
+            "raise --tensor-parallel-size, or lower --max-num-batched-tokens (temporaries grow with it)."
+        )
+    logger.info("KV cache: %s on each device = %s", format_bytes(left), summary)
+    return left * len(devices)
+
+
+def peak_host_bytes() -> int:
+    """Highest resident size of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if os.name == "posix" else 0
