@@ -46,7 +46,7 @@ format: ## Format the code and fix what can be fixed
 
 docs: ## Build the documentation into site/
 	@$(INSTALL) --dev --docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 ci: ## What continuous integration runs
 	@bash .ci/run

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import psutil
+import torch
 from vllm.config import VllmConfig
 from vllm.tasks import SupportedTask
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -133,8 +134,9 @@ class TPUWorker(WorkerBase):
     def synchronize_device(self) -> None:
         jax.block_until_ready(self.model_runner.last_tokens)
 
-    def get_model(self) -> Any:
-        return self.model_runner.model
+    def get_model(self) -> torch.nn.Module:
+        """vLLM walks the modules of what it gets here when an engine goes: there are none, the weights are JAX's."""
+        return torch.nn.Module()
 
     def profile(
         self,
