@@ -3,6 +3,8 @@
 
     python examples/online_client.py
     python examples/online_client.py --base-url http://localhost:8001/v1 --question "What day comes after Monday?"
+
+Only the standard protocol is used: any OpenAI-compatible server will do.
 """
 
 import argparse

@@ -48,8 +48,9 @@ supported() { [[ -n $1 && " $SUPPORTED " == *" $1 "* ]]; }
 find_python() {
     local candidate seen=()
     if [[ -n ${PYTHON:-} ]]; then
-        supported "$(minor_of "$PYTHON")" ||
-            die "PYTHON=$PYTHON is $(minor_of "$PYTHON" | sed 's/^$/no working Python/'); one of $SUPPORTED is needed"
+        local given
+        given=$(minor_of "$PYTHON")
+        supported "$given" || die "PYTHON=$PYTHON is ${given:-no working Python}; one of $SUPPORTED is needed"
         echo "$PYTHON"
         return
     fi

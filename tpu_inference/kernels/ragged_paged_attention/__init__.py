@@ -2,6 +2,6 @@
 """Attention of a ragged batch over a paged KV cache, with the cache write."""
 
 from tpu_inference.kernels.ragged_paged_attention.api import ragged_paged_attention
-from tpu_inference.kernels.ragged_paged_attention.pages import KV_PAGES_AXES, kv_pages_shape
+from tpu_inference.kernels.ragged_paged_attention.pages import KV_PAGES_AXES, kv_pages_shape, storage_dtype
 
-__all__ = ["KV_PAGES_AXES", "kv_pages_shape", "ragged_paged_attention"]
+__all__ = ["KV_PAGES_AXES", "kv_pages_shape", "ragged_paged_attention", "storage_dtype"]

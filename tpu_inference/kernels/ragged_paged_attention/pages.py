@@ -18,6 +18,28 @@ def kv_pages_shape(
     return (num_pages, 2, num_kv_heads, page_size, head_dim)
 
 
+def storage_dtype(dtype: Any, platform: str) -> Any:
+    """What pages of `dtype` are stored as.
+
+    XLA's CPU backend updates bf16 arrays by converting all of them to float32 and back, so there their bits are kept as integers.
+    """
+    return jnp.dtype(jnp.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else jnp.dtype(dtype)
+
+
+def encode(x: jax.Array, storage: Any) -> jax.Array:
+    """`x` as pages of `storage` dtype hold it."""
+    if storage == jnp.uint16:
+        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(storage)
+
+
+def decode(stored: jax.Array) -> jax.Array:
+    """float32 of what `encode` made."""
+    if stored.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
+    return stored.astype(jnp.float32)
+
+
 def token_rows(query_start_loc: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:
     """For each token its row (int32 [T]) and whether it is not padding (bool [T])."""
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -40,7 +62,7 @@ def write_kv(
     rows, real = token_rows(query_start_loc, num_tokens)
     positions = seq_lens[rows] - query_start_loc[rows + 1] + jnp.arange(num_tokens, dtype=jnp.int32)
     page = block_tables[rows, jnp.where(real, positions, 0) // page_size] + page_offset
-    page = jnp.where(real, page, pages.shape[0])  # out of range: dropped
     slot = positions % page_size
-    kv = jnp.stack([k, v], axis=1).astype(pages.dtype)
+    kv = encode(jnp.stack([k, v], axis=1), pages.dtype)
+    page = jnp.where(real, page, pages.shape[0])  # out of range: dropped
     return pages.at[page, :, :, slot, :].set(kv, mode="drop")

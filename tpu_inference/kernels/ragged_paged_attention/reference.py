@@ -4,7 +4,7 @@
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.ragged_paged_attention.pages import token_rows
+from tpu_inference.kernels.ragged_paged_attention.pages import decode, token_rows
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -27,7 +27,7 @@ def attend_reference(
     rows, real = token_rows(query_start_loc, num_tokens)
     positions = seq_lens[rows] - query_start_loc[rows + 1] + jnp.arange(num_tokens)
     # [R, B, 2, K, page, D] -> [2, R, K, context, D]
-    kv = pages[block_tables + page_offset].transpose(2, 0, 3, 1, 4, 5).astype(jnp.float32)
+    kv = decode(pages[block_tables + page_offset].transpose(2, 0, 3, 1, 4, 5))
     k, v = kv.reshape(2, block_tables.shape[0], num_kv_heads, -1, head_dim)
     grouped = q.reshape(num_tokens, num_kv_heads, -1, head_dim).astype(jnp.float32)
     scores = jnp.einsum("tkgd,tksd->tkgs", grouped, k[rows], precision=HIGHEST) * scale

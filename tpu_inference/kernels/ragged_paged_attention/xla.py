@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from tpu_inference.kernels.ragged_paged_attention.pages import decode
+
 MIN_CHUNK = 128
 """Keys handled at once, at least: whole pages."""
 QUERY_TILE = 64
@@ -55,7 +57,7 @@ class _Context:
         ids = self.block_tables[rows[:, None], jnp.minimum(index, self.block_tables.shape[1] - 1)]
         kv = self.pages[ids + self.page_offset]
         kv = kv.transpose(2, 0, 3, 1, 4, 5).reshape(2, n, kv.shape[3], self.chunk, kv.shape[5])
-        return kv[0].astype(jnp.float32), kv[1].astype(jnp.float32)
+        return decode(kv[0]), decode(kv[1])
 
     def partial_softmax(self, q, k, v, positions, chunks):
         """One chunk's part of the softmax.

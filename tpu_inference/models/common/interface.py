@@ -32,6 +32,7 @@ class ModelFunctions:
     """KV heads in the cache over all devices, copies and padding included."""
     head_dim: int
     kv_dtype: Any
+    """What the pages are stored as; see `storage_dtype`."""
     flat_kv: bool
     """One pool of pages for all layers, as scanned layers need, instead of an array per layer."""
     vocab_size: int

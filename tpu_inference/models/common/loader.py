@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.weights import Piece, WeightSpec, map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
@@ -120,7 +121,7 @@ def load_params(specs: Any, checkpoint: Checkpoint | None, mesh: Mesh, *, progre
         return map_specs(load, specs)
 
 
-def model_functions(module: Decoder, params: Any, mesh: Mesh, kv_dtype: Any) -> ModelFunctions:
+def model_functions(module: Decoder, params: Any, mesh: Mesh) -> ModelFunctions:
     """What the runner needs of `module` with `params` in place of its specs."""
     _, forward, logits = pure_functions(module)
     cfg = module.cfg
@@ -133,7 +134,7 @@ def model_functions(module: Decoder, params: Any, mesh: Mesh, kv_dtype: Any) -> 
         layers=layers,
         num_kv_heads=plan.num_kv_slots,
         head_dim=cfg.head_dim,
-        kv_dtype=kv_dtype,
+        kv_dtype=storage_dtype(module.dtype, mesh.devices.flat[0].platform),
         flat_kv=module.scans,
         vocab_size=cfg.vocab_size,
         hidden=jax.ShapeDtypeStruct((1, cfg.hidden_size), module.dtype),

@@ -48,4 +48,4 @@ def load_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool = False) -> M
         check_tensors(checkpoint, specs, tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None)
     logger.info("Serving %s with %s (Flax NNX)", architecture, type(module).__name__)
     params = load_params(specs, checkpoint, mesh, progress=load_config.use_tqdm_on_load)
-    return model_functions(module, params, mesh, ctx.dtype)
+    return model_functions(module, params, mesh)
