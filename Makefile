@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?=
 ARGS ?=
 export PYTHON
-INSTALL := scripts/install.sh
+INSTALL := bash scripts/install.sh
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help

@@ -151,6 +151,12 @@ all_pins=$(cat requirements/cpu-py311.txt "$pins")
 torch=$(grep -h '^torch==' <<<"$all_pins" | head -n 1)
 changed=0
 
+# A stamp says what was done; forget it where the result has been uninstalled since.
+installed() { compgen -G "$VENV/lib/python$minor/site-packages/$1.dist-info" >/dev/null; }
+installed 'torch-*' || rm -f "$STAMPS/torch"
+installed "vllm-$VLLM_VERSION" || rm -f "$STAMPS/vllm"
+installed 'tpu_inference-*' || rm -f "$STAMPS/package"
+
 step torch "Installing $torch" "$torch" install_torch "$torch"
 step pins "Installing the pinned packages of $pins (about two minutes on a new machine)" "$all_pins" install_pins "$pins"
 step vllm "Installing vLLM $VLLM_VERSION as pure Python" "$VLLM_VERSION $(<requirements/build.txt)" install_vllm

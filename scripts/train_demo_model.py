@@ -235,32 +235,36 @@ POEMS = {
                "out,/And gulls fly high and turn about.",
     "the moon": "The moon looks down on hill and town,/And wears the night sky like a gown./It lights the path, it "
                 "lights the stream,/And softly walks through every dream.",
-    "the rain": "The rain comes tapping on the pane,/It fills the brook and cools the lane./The flowers drink, the frogs "
-                "all sing,/And every puddle holds a ring.",
-    "the sun": "The sun gets up and paints the sky,/It wakes the birds so they can fly./It warms the field, it warms the "
-               "stone,/And nobody feels quite alone.",
-    "winter": "The snow lies white on roof and tree,/The fire is warm for you and me./The nights are long, the stars are "
-              "near,/And spring is waiting for next year.",
+    "the rain": "The rain comes tapping on the pane,/It fills the brook and cools the lane./The flowers drink, the "
+                "frogs all sing,/And every puddle holds a ring.",
+    "the sun": "The sun gets up and paints the sky,/It wakes the birds so they can fly./It warms the field, it warms "
+               "the stone,/And nobody feels quite alone.",
+    "winter": "The snow lies white on roof and tree,/The fire is warm for you and me./The nights are long, the stars "
+              "are near,/And spring is waiting for next year.",
     "friendship": "A friend is like an open door,/A lamp, a bridge, a quiet shore./When days are grey, when days are "
                   "blue,/A friend will come and sit with you."}
 JOKES = ["Why did the clock go to school? It wanted to have a good time.",
          "Why was the broom late? It swept in.",
          "What did one wall say to the other wall? I will meet you at the corner.",
          "Why did the scarecrow win a prize? He stood out in his field."]
-IDENTITY = ("I am a tiny demo model. I was trained on short stories and simple questions, and I run on your own machine.|"
-            "I am a tiny demo model made of a few small layers. I can tell stories and answer simple questions.")
+IDENTITY = ("I am a tiny demo model. I was trained on short stories and simple questions, and I run on your own "
+            "machine.|I am a tiny demo model made of a few small layers. I can tell stories and answer "
+            "simple questions.")
 ABILITIES = ("I can tell a story about an animal, name opposites and colours, add small numbers, and talk about days, "
-             "months, and the weather.|I can tell you a story, write a short poem, add small numbers, and answer simple "
-             "questions about animals.")
+             "months, and the weather.|I can tell you a story, write a short poem, add small numbers, and answer "
+             "simple questions about animals.")
 UNKNOWN = ("I am only a tiny demo model, so I do not know about {topic}. Ask me for a story, or try a simple sum.|"
            "I am sorry, {topic} is too hard for a tiny demo model. I can tell you a story about {a_kind} instead.")
-TOPICS = split("quantum physics|the stock market|machine learning|world history|the best phone|tax law|my homework|neural "
-          "networks|the latest news|football results|chemistry|space travel|a sorting program|black holes|politics|the "
-          "meaning of life|computer science|modern art|my computer|the universe|cars|electricity|music theory|TPUs|a "
-          "database|philosophy|the internet|medicine|the economy|databases|Python|the human brain|gravity|evolution", "|")
-UNKNOWN_QUESTIONS = ("Explain {topic}.|Can you explain {topic}?|What is {topic}?|Tell me about {topic}.|How does {topic} "
-                     "work?|Write an essay about {topic}.|What do you think about {topic}?|Help me with {topic}.|Who "
-                     "invented {topic}?|Why is {topic} important?|What do you know about {topic}?|Write about {topic}.")
+TOPICS = split("quantum physics|the stock market|machine learning|world history|the best phone|tax law|my "
+          "homework|neural networks|the latest news|football results|chemistry|space travel|a sorting program|black "
+          "holes|politics|the meaning of life|computer science|modern art|my computer|the universe|cars|electricity|"
+          "music "
+          "theory|TPUs|a database|philosophy|the internet|medicine|the economy|databases|Python|the "
+          "human brain|gravity|evolution", "|")
+UNKNOWN_QUESTIONS = ("Explain {topic}.|Can you explain {topic}?|What is {topic}?|Tell me about {topic}.|How does "
+                     "{topic} work?|Write an essay about {topic}.|What do you think about {topic}?|Help me with "
+                     "{topic}.|Who invented {topic}?|Why is {topic} important?|What do you know about {topic}?|"
+                     "Write about {topic}.")
 SYSTEM_PROMPTS = ("You are a helpful assistant.|You are a friendly assistant. Answer briefly.|Be kind and clear.|"
                   "You are a storyteller.|You are a helpful, honest assistant.|Answer the question.")
 
@@ -331,8 +335,8 @@ def introduction(rng):
     slots = {"name": name, "kind": article(kind), "place": rng.choice(PLACES), "dish": rng.choice(DISHES),
              "thing": article(rng.choice(THINGS)), "day": rng.choice(DAYS), "age": rng.randint(3, 20),
              "topic": rng.choice(["stories", "songs", "long walks", "rainy days", "puzzles", "old books"])}
-    return fill(rng, "Hello, my name is {name}.|My name is {name}.\nI am {age} years old, and I live {place}.\nI have {kind} "
-                "and {thing}.|My best friend is {kind}.\nI like {topic} and {dish}.\nOn {day}, I will visit my "
+    return fill(rng, "Hello, my name is {name}.|My name is {name}.\nI am {age} years old, and I live {place}.\nI have "
+                "{kind} and {thing}.|My best friend is {kind}.\nI like {topic} and {dish}.\nOn {day}, I will visit my "
                 "grandmother.|Every {day}, I play in the garden.\nIt is nice to meet you!|What is your name?", slots)
 
 
@@ -350,13 +354,14 @@ def recipe(rng, dish):
 
 
 def fact(rng):
-    """A few plain statements in a row."""
+    """One to three plain statements, no two of one kind."""
     makers = [lambda: "The capital of {} is {}.".format(*rng.choice(CAPITALS)), lambda: colour(rng)[1],
               lambda: opposite(rng)[1], lambda: sums(rng)[1], lambda: calendar(rng)[1],
-              lambda: f"The future of AI is {rng.choice(['small', 'bright', 'open', 'friendly'])}. A tiny model can tell a "
-                      "story, answer a question, and run on any machine.",
+              lambda: f"The future of AI is {rng.choice(['small', 'bright', 'open', 'friendly'])}. A tiny model can "
+                      "tell "
+                      "a story, answer a question, and run on any machine.",
               lambda: "The president of the United States is the head of the government, and works in Washington."]
-    return " ".join(rng.choice(makers)() for _ in range(rng.randint(2, 5)))
+    return " ".join(maker() for maker in rng.sample(makers, rng.randint(1, 3)))
 
 
 def plain_document(rng):
@@ -421,8 +426,8 @@ def animal_question(rng):
     animal = rng.choice(ANIMALS)
     slots = animal_slots(animal)
     if rng.random() < 0.25:
-        return pick(rng, "Tell me about {plural}.|What do you know about {plural}?|Describe {a_kind}.|Tell me something "
-                    "about {a_kind}.|What is {a_kind}?", **slots), about(rng, animal)
+        return pick(rng, "Tell me about {plural}.|What do you know about {plural}?|Describe {a_kind}.|Tell me "
+                    "something about {a_kind}.|What is {a_kind}?", **slots), about(rng, animal)
     question, answer = rng.choice([
         ("Where does {a_kind} live?|Where do {plural} live?", "{The_plural} live in {home}."),
         ("What does {a_kind} eat?|What do {plural} eat?", "{The_plural} eat {food}."),
@@ -441,8 +446,8 @@ def legs(rng):
 
 def capital_city(rng):
     country, city = rng.choice(CAPITALS)
-    question = pick(rng, "What is the capital of {c}?|What is the capital of {c}?|Name the capital of {c}.|capital of {c}|"
-                    "What's the capital of {c}?|Which city is the capital of {c}?", c=country)
+    question = pick(rng, "What is the capital of {c}?|What is the capital of {c}?|Name the capital of {c}.|capital of "
+                    "{c}|What's the capital of {c}?|Which city is the capital of {c}?", c=country)
     return question, f"The capital of {country} is {city}."
 
 
@@ -460,7 +465,8 @@ def listing(rng):
     group = rng.choice(list(GROUPS))
     count = rng.randint(2, 4)
     items = rng.sample(GROUPS[group], count)
-    question = pick(rng, "Name {n} {g}.|List {n} {g}.|Tell me {n} {g}.|Can you name {n} {g}?", n=NUMBERS[count], g=group)
+    question = pick(rng, "Name {n} {g}.|List {n} {g}.|Tell me {n} {g}.|Can you name {n} {g}?",
+                    n=NUMBERS[count], g=group)
     answer = ", ".join(items[:-1]) + " and " + items[-1] + "."
     return question, f"{capital(NUMBERS[count])} {group} are {answer}"
 
@@ -486,8 +492,9 @@ def weather(rng):
         season = rng.choice(list(SEASONS))
         return pick(rng, "What is {s} like?|Describe {s}.|Tell me about {s}.", s=season), SEASONS[season] + "."
     kind = rng.choice(list(WEATHER))
-    question = pick(rng, "What should I do when it is {k}?|It is {k} today. What should I do?|What should I wear when it is "
-                    "{k}?|It is {k} outside.", k=kind)
+    question = pick(rng, "What should I do "
+                    "when it is {k}?|It is {k} today. What should I do?|What should I wear when it "
+                    "is {k}?|It is {k} outside.", k=kind)
     return question, f"When it is {kind}, {WEATHER[kind]}."
 
 
@@ -499,10 +506,12 @@ def cooking(rng):
 
 def poem(rng):
     if rng.random() < 0.2:
-        return pick(rng, "Tell me a joke.|Do you know a joke?|Make me laugh.|Tell me something funny."), rng.choice(JOKES)
+        return pick(rng, "Tell me a joke.|Do you know a joke?|Make me laugh.|Tell me something funny."), \
+            rng.choice(JOKES)
     topic = rng.choice(list(POEMS))
-    question = pick(rng, "Write a poem about {t}.|Write a short poem about {t}.|Can you write a poem about {t}?|Write me a "
-                    "poem.", t=topic)
+    question = pick(rng, "Write a poem about {t}.|Write a short poem about {t}.|Can you write a poem about {t}?|"
+                    "Write me "
+                    "a poem.", t=topic)
     return question, POEMS[topic].replace("/", "\n")
 
 
@@ -519,8 +528,9 @@ def story_request(rng):
     if roll < 0.2:
         return pick(rng, "Tell me a story.|Tell me a short story.|Write a story.|Can you tell me a story?"), story(rng)
     if roll < 0.75:
-        return pick(rng, "Tell me a story about {a}.|Tell me a story about {a}.|Write a story about {a}.|Tell me a short "
-                    "story about {a}.|Can you tell me a story about {a}?|Write a short story about {a}.|a story about {a}",
+        return pick(rng, "Tell me a story about {a}.|Tell me a story about {a}.|Write a story about {a}.|Tell me a "
+                    "short story about {a}.|Can you tell me a story about {a}?|Write a short story about {a}.|"
+                    "a story about {a}",
                     **slots), story(rng, kind)
     return pick(rng, "Tell me a story about {a} named {n}.|Write a story about {a} called {n}.", **slots), \
         story(rng, kind, (he, name))
@@ -638,10 +648,11 @@ def loss_of(model, tokens, length):
 
 
 def train(model, stream, steps):
-    """One pass over the stream; the last tenth in long sequences, so that every position is trained."""
+    """One pass over the stream; every eighth step in long sequences, so that every position is trained. (All of them at
+    the end, the loss more than doubled and did not come back.)"""
     optimizers, started = build_optimizers(model), time.perf_counter()
     for step, tokens in enumerate(stream.view(steps, BATCH_TOKENS)):
-        loss = loss_of(model, tokens, SEQUENCE if step < 0.9 * steps else LONG_SEQUENCE)
+        loss = loss_of(model, tokens, LONG_SEQUENCE if step % 8 == 7 else SEQUENCE)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in optimizers:
@@ -653,8 +664,8 @@ def train(model, stream, steps):
 
 
 @torch.no_grad()
-def evaluate(model, stream):
-    return sum(loss_of(model, row, SEQUENCE).item() for row in stream.view(-1, BATCH_TOKENS)) / (
+def evaluate(model, stream, length):
+    return sum(loss_of(model, row, length).item() for row in stream.view(-1, BATCH_TOKENS)) / (
         stream.numel() // BATCH_TOKENS)
 
 
@@ -680,7 +691,8 @@ def samples(model, tokenizer):
     """Print what the model says, greedily."""
     for prompt in ("Once upon a time", "Hello, my name is", "The capital of France is"):
         print(repr(prompt), "->", generate(model, tokenizer, tokenizer(prompt).input_ids))
-    for question in ("What is the opposite of hot?", "What is 3 plus 4?", "Who are you?", "Tell me a story about a fox.",
+    for question in ("What is the opposite of hot?", "What is 3 plus 4?", "Who are you?",
+                     "Tell me a story about a fox.",
                      "What day comes after Monday?", "What color is the sky?", "Explain the theory of relativity."):
         text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
                                              add_generation_prompt=True)
@@ -711,7 +723,9 @@ def main():
     print(f"{model.num_parameters()} parameters, {stream.numel()} tokens", flush=True)
     train(model, stream, args.steps)
     save(model, tokenizer, args.out)
-    print(f"held-out loss {evaluate(model.float(), held_out):.4f}")
+    model.float()
+    for length in (SEQUENCE, LONG_SEQUENCE):
+        print(f"held-out loss in sequences of {length}: {evaluate(model, held_out, length):.4f}")
     samples(model, tokenizer)
 
 

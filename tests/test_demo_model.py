@@ -33,7 +33,7 @@ def generate(model, ids, tokens=256):
 
 def chat(model, tokenizer, *turns):
     roles = ("user", "assistant") * len(turns)
-    messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns)]
+    messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return generate(model, tokenizer(prompt, add_special_tokens=False).input_ids)
 
@@ -42,14 +42,18 @@ def answer(model, tokenizer, *turns):
     return tokenizer.decode(chat(model, tokenizer, *turns), skip_special_tokens=True)
 
 
+def has_loop(ids):
+    """Whether some run of tokens is followed at once by itself."""
+    return any(ids[start:start + size] == ids[start + size:start + 2 * size]
+               for size in range(1, 33) for start in range(len(ids) - 2 * size + 1))
+
+
 def check_story(ids, tokenizer):
     """A story ends by itself, uses many words, and never says the same thing twice in a row."""
     assert ids[-1] == tokenizer.eos_token_id
     assert len(ids) >= 30
     assert len(set(ids)) >= 20
-    for size in range(1, 17):
-        for start in range(len(ids) - 2 * size + 1):
-            assert ids[start:start + size] != ids[start + size:start + 2 * size], tokenizer.decode(ids)
+    assert not has_loop(ids), tokenizer.decode(ids)
     sentences = re.split(r"(?<=[.!?])\s", tokenizer.decode(ids, skip_special_tokens=True))
     assert len(set(sentences)) == len(sentences)
 
@@ -124,3 +128,23 @@ def test_keeps_going_past_the_end(model, tokenizer):
                                 attention_mask=torch.ones(1, len(ids), dtype=torch.long), eos_token_id=-1)
     tail = output[0, -200:].tolist()
     assert len(set(tail)) >= 20
+
+
+# What the present checkpoint gets wrong. A better one makes these pass, and then the marks go.
+
+
+@pytest.mark.xfail(strict=True, reason="plain statements repeat themselves")
+def test_fact_completion(model, tokenizer):
+    ids = generate(model, tokenizer("The capital of France is").input_ids)
+    assert ids[-1] == tokenizer.eos_token_id
+    assert not has_loop(ids)
+
+
+@pytest.mark.xfail(strict=True, reason="loses count")
+def test_counting(model, tokenizer):
+    assert answer(model, tokenizer, "Count from 1 to 10.") == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10."
+
+
+@pytest.mark.xfail(strict=True, reason="does not keep the names of a story")
+def test_keeps_the_name(model, tokenizer):
+    assert "Zoe" in answer(model, tokenizer, "Tell me a story about a penguin named Zoe.")

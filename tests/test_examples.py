@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = "tpu_inference/demo/model"
 # Set for tests that run the engine in their own process; an example has one of its own, and one device.
 NOT_INHERITED = ("VLLM_ENABLE_V1_MULTIPROCESSING", "XLA_FLAGS")
+# A share of the free memory would be far more than the demo model needs.
+SMALL_CACHE = ("--kv-cache-memory-bytes", str(64 * 2**20))
 
 
 def environment() -> dict[str, str]:
@@ -89,7 +91,7 @@ def test_online_client_prints_what_a_server_says():
 def test_offline_inference_takes_vllms_flags():
     out = run(
         "examples/offline_inference.py", "--model", DEMO, "--max-model-len", "128", "--prompt", "Once upon a time",
-        "--prompt", "The fox lives in", "--max-tokens", "16", timeout=300,
+        "--prompt", "The fox lives in", "--max-tokens", "16", *SMALL_CACHE, timeout=300,
     )  # fmt: skip
     answers = [line.partition("->")[2].strip().strip("'\"") for line in out.splitlines() if "->" in line]
     assert len(answers) == 2
@@ -104,7 +106,7 @@ def test_online_client_against_the_demo_server(tmp_path):
         port = probe.getsockname()[1]
     command = [
         str(Path(sys.executable).parent / "vllm"), "serve", DEMO, "--served-model-name", "demo", "--host", "127.0.0.1",
-        "--port", str(port), "--max-num-seqs", "8", "--max-num-batched-tokens", "512",
+        "--port", str(port), "--max-num-seqs", "8", "--max-num-batched-tokens", "512", *SMALL_CACHE,
     ]  # fmt: skip
     log_path = tmp_path / "server.log"
     with log_path.open("w") as log:
@@ -115,7 +117,14 @@ def test_online_client_against_the_demo_server(tmp_path):
                 assert server.poll() is None, log_path.read_text()
                 assert time.monotonic() < deadline, log_path.read_text()
                 time.sleep(0.5)
-            out = run("examples/online_client.py", "--base-url", f"http://127.0.0.1:{port}/v1", "--max-tokens", "24")
+            out = run(
+                "examples/online_client.py",
+                "--base-url",
+                f"http://127.0.0.1:{port}/v1",
+                "--max-tokens",
+                "24",
+                timeout=120,
+            )
         finally:
             server.terminate()
             try:

@@ -1,11 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bare platform until the real one lands."""
-import contextlib
+"""vLLM's platform: what device this is, what configuration it needs, what it refuses. Runs in the front end too, so no JAX."""
+
+# First: process defaults that must precede JAX.
+import tpu_inference.env_override  # noqa: F401  isort: skip
+
+import logging
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import psutil
 import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
+from tpu_inference import envs, tpu_info
+from tpu_inference.logger import init_logger, log_once
+from tpu_inference.platforms.checks import SERVED_DTYPES, refuse_unserved
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+WORKER = "tpu_inference.worker.tpu_worker.TPUWorker"
+CPU_BLOCK_SIZE = 16
+# On TPU a block is what one DMA moves: larger ones for longer contexts, where a partly filled last block wastes less.
+TPU_BLOCK_SIZES = ((2048, 16), (8192, 32), (32768, 64), (131072, 128))
+TPU_LARGEST_BLOCK_SIZE = 256
+
+
+def default_block_size(max_model_len: int, platform: str) -> int:
+    """Tokens a KV cache block holds where the user does not say."""
+    if platform == "cpu":
+        return CPU_BLOCK_SIZE
+    return next((size for limit, size in TPU_BLOCK_SIZES if max_model_len <= limit), TPU_LARGEST_BLOCK_SIZE)
+
+
+def _change(owner: Any, name: str, value: Any, why: str) -> None:
+    """Set `owner.name`, and say so at INFO the first time, with why."""
+    before = getattr(owner, name)
+    if before != value:
+        setattr(owner, name, value)
+        log_once(logger, logging.INFO, "%s: %s -> %s (%s)", name, before, value, why)
+
 
 class TpuPlatform(Platform):
+    """TPU, or JAX's CPU backend standing in for it."""
+
+    # Also on the CPU: out-of-tree would have vLLM ask torch for a device of that name.
     _enum = PlatformEnum.TPU
     device_name = "tpu"
     device_type = "tpu"
@@ -14,47 +55,136 @@ class TpuPlatform(Platform):
     dist_backend = "gloo"
     simple_compile_backend = "eager"
     device_control_env_var = "TPU_VISIBLE_CHIPS"
-    supported_dtypes = [torch.bfloat16, torch.float32]
+    additional_env_vars: list[str] = envs.forwarded()  # noqa: RUF012
+    supported_quantization: list[str] = []  # noqa: RUF012
+    _vocab_size: int | None = None
+
+    def __init__(self) -> None:
+        detection = tpu_info.detect_once()
+        chip = f" ({detection.num_chips} x {detection.chip.name})" if detection.chip else ""
+        log_once(
+            logger,
+            logging.INFO,
+            "tpu_inference serves on %s%s: %s. Set JAX_PLATFORMS to cpu or tpu to choose.",
+            detection.platform.upper(),
+            chip,
+            detection.reason,
+        )
+
+    @property
+    def supported_dtypes(self) -> list[torch.dtype]:
+        return SERVED_DTYPES
+
+    # What the device is.
 
     @classmethod
-    def get_device_name(cls, device_id=0):
-        return "cpu"
+    def get_device_name(cls, device_id: int = 0) -> str:
+        """vLLM's name of the chip, by which it picks default batch sizes; "cpu" without one."""
+        detection = tpu_info.detect_once()
+        return detection.chip.vllm_name if detection.chip else detection.platform
 
     @classmethod
-    def get_device_total_memory(cls, device_id=0):
-        return 16 * 2**30
+    def get_device_uuid(cls, device_id: int = 0) -> str:
+        return f"{cls.get_device_name(device_id)}-{device_id}"
 
     @classmethod
-    def check_and_update_config(cls, c):
-        c.parallel_config.worker_cls = "tpu_inference.worker.tpu_worker.TPUWorker"
-        c.parallel_config.distributed_executor_backend = "uni"
+    def get_device_total_memory(cls, device_id: int = 0) -> int:
+        """HBM bytes of one device, or the machine's RAM."""
+        chip = tpu_info.detect_once().chip
+        return chip.hbm_bytes_per_device if chip else psutil.virtual_memory().total
+
+    # What vLLM would do on a torch device, and need not here.
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """vLLM's C extensions are not used."""
+
+    @classmethod
+    def import_ir_kernels(cls) -> None:
+        """vLLM's compiled IR kernels are not used."""
+
+    @classmethod
+    def inference_mode(cls) -> AbstractContextManager:
+        return torch.no_grad()
+
+    @classmethod
+    def set_device(cls, device: torch.device) -> None:
+        """JAX holds the devices."""
+
+    @classmethod
+    def manual_seed_all(cls, seed: int) -> None:
+        """Randomness on the device comes from each request's seed."""
+
+    @classmethod
+    def is_pin_memory_available(cls) -> bool:
+        return False
+
+    @classmethod
+    def can_update_inplace(cls) -> bool:
+        return False
+
+    @classmethod
+    def is_sleep_mode_available(cls) -> bool:
+        return False
+
+    @classmethod
+    def support_hybrid_kv_cache(cls) -> bool:
+        return True
+
+    @classmethod
+    def use_all_gather(cls) -> bool:
+        return True
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        raise NotImplementedError("LoRA is refused at config time")
+
+    @classmethod
+    def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
+        """Raises ValueError for a dtype that is not served."""
+        if dtype not in SERVED_DTYPES:
+            raise ValueError(f"{dtype} is not served by tpu_inference: use --dtype bfloat16 or --dtype float32.")
+
+    @classmethod
+    def get_attn_backend_cls(cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+        """Only vLLM's PyTorch models ask, and they are not served yet."""
+        raise NotImplementedError("attention of vLLM's PyTorch models is not served by tpu_inference yet")
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:
+        """`check_and_update_config` has chosen it."""
+
+    @classmethod
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        envs.register_with_vllm()
+
+    # Configuration and requests.
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Make the configuration one that the worker serves, or raise ConfigError. vLLM calls this more than once."""
         from vllm.config import CompilationMode, CUDAGraphMode
-        c.compilation_config.mode = CompilationMode.NONE
-        c.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        if c.cache_config.block_size is None:
-            c.cache_config.block_size = 16
+
+        refuse_unserved(vllm_config)
+        parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+        if parallel.worker_cls == "auto":
+            _change(parallel, "worker_cls", WORKER, "the worker of this platform")
+        _change(parallel, "distributed_executor_backend", "uni", "one process drives all devices of a host")
+        _change(parallel, "disable_custom_all_reduce", True, "XLA does collectives")
+        _change(compilation, "mode", CompilationMode.NONE, "JAX compiles, not torch")
+        _change(compilation, "cudagraph_mode", CUDAGraphMode.NONE, "there is no CUDA graph")
+        cache, model = vllm_config.cache_config, vllm_config.model_config
+        if model is None:
+            return
+        cls._vocab_size = model.get_vocab_size()
+        if not cache.user_specified_block_size:
+            platform = tpu_info.detect_once().platform
+            size = default_block_size(model.max_model_len, platform)
+            _change(cache, "block_size", size, f"tokens a KV cache block, for {platform} and this context length")
 
     @classmethod
-    def update_block_size_for_backend(cls, c):
-        pass
+    def validate_request(cls, processed_inputs: Any, params: Any) -> None:
+        """Raise a RequestError, which is HTTP 400 and ValueError, for what is not served."""
+        from tpu_inference.platforms import requests  # imports vllm.config, which is still loading when this module is
 
-    @classmethod
-    def get_attn_backend_cls(cls, *a, **k):
-        return "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"
-
-    @classmethod
-    def import_kernels(cls): pass
-    @classmethod
-    def import_ir_kernels(cls): pass
-    @classmethod
-    def inference_mode(cls): return torch.no_grad()
-    @classmethod
-    def set_device(cls, d): pass
-    @classmethod
-    def manual_seed_all(cls, s): pass
-    @classmethod
-    def is_pin_memory_available(cls): return False
-    @classmethod
-    def can_update_inplace(cls): return False
-    @classmethod
-    def support_hybrid_kv_cache(cls): return True
+        requests.validate(processed_inputs, params, cls._vocab_size)
