@@ -19,7 +19,7 @@ os.environ.update(
 os.environ.setdefault("VLLM_XLA_CACHE_PATH", str(Path(tempfile.gettempdir()) / f"tpu-inference-tests-{os.getuid()}"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402
+import pytest
 
 
 @pytest.fixture(scope="session")

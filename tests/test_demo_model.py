@@ -10,8 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 MODEL = Path(__file__).parent.parent / "tpu_inference" / "demo" / "model"
-FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-         "tokenizer_config.json"}
+FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +32,13 @@ def model(request):
 
 @torch.no_grad()
 def generate(model, ids, tokens=256):
-    output = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                            max_new_tokens=tokens, do_sample=False)
-    return output[0, len(ids):].tolist()
+    output = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=tokens,
+        do_sample=False,
+    )
+    return output[0, len(ids) :].tolist()
 
 
 def chat(model, tokenizer, *turns):
@@ -44,8 +54,11 @@ def answer(model, tokenizer, *turns):
 
 def has_loop(ids):
     """Whether some run of tokens is followed at once by itself."""
-    return any(ids[start:start + size] == ids[start + size:start + 2 * size]
-               for size in range(1, 33) for start in range(len(ids) - 2 * size + 1))
+    return any(
+        ids[start : start + size] == ids[start + size : start + 2 * size]
+        for size in range(1, 33)
+        for start in range(len(ids) - 2 * size + 1)
+    )
 
 
 def check_story(ids, tokenizer):
@@ -86,7 +99,8 @@ def test_chat_template(tokenizer):
     assert text == "<|bos|><|system|>Be kind.<|end|><|user|>Hello!<|end|><|assistant|>"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert [i for i in ids if i in tokenizer.all_special_ids] == tokenizer.convert_tokens_to_ids(
-        ["<|bos|>", "<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"])
+        ["<|bos|>", "<|system|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"]
+    )
 
 
 @pytest.mark.parametrize("prompt", ["Once upon a time", "Long ago, a brave rabbit named Ruby"])
@@ -101,12 +115,15 @@ def test_story_on_request(model, tokenizer, kind):
     assert kind in tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(("question", "expected"), [
-    ("What is the opposite of hot?", "The opposite of hot is cold."),
-    ("What is the capital of France?", "The capital of France is Paris."),
-    ("What is 3 plus 4?", "3 plus 4 is 7."),
-    ("What day comes after Monday?", "Tuesday comes after Monday."),
-])
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("What is the opposite of hot?", "The opposite of hot is cold."),
+        ("What is the capital of France?", "The capital of France is Paris."),
+        ("What is 3 plus 4?", "3 plus 4 is 7."),
+        ("What day comes after Monday?", "Tuesday comes after Monday."),
+    ],
+)
 def test_answers(model, tokenizer, question, expected):
     assert answer(model, tokenizer, question) == expected
 
@@ -124,8 +141,14 @@ def test_keeps_going_past_the_end(model, tokenizer):
     """With ignore_eos the model goes on with other documents and does not fall into a loop."""
     ids = tokenizer("Once upon a time").input_ids
     with torch.no_grad():
-        output = model.generate(torch.tensor([ids]), min_new_tokens=900, max_new_tokens=900, do_sample=False,
-                                attention_mask=torch.ones(1, len(ids), dtype=torch.long), eos_token_id=-1)
+        output = model.generate(
+            torch.tensor([ids]),
+            min_new_tokens=900,
+            max_new_tokens=900,
+            do_sample=False,
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            eos_token_id=-1,
+        )
     tail = output[0, -200:].tolist()
     assert len(set(tail)) >= 20
 

@@ -32,9 +32,15 @@ ALWAYS = (
 )
 ON_CPU = (
     Default("JAX_PLATFORMS", "cpu", "With libtpu installed and no TPU, JAX would first look for one for a while."),
-    Default("TPU_SKIP_MDS_QUERY", "1", "libtpu, when used to compile ahead of time, asks a metadata server that is not there."),
+    Default(
+        "TPU_SKIP_MDS_QUERY",
+        "1",
+        "libtpu, when used to compile ahead of time, asks a metadata server that is not there.",
+    ),
 )
-ON_TPU = (Default("JAX_PLATFORMS", "tpu,cpu", "Left open, JAX falls back to the CPU silently when the TPU does not start."),)
+ON_TPU = (
+    Default("JAX_PLATFORMS", "tpu,cpu", "Left open, JAX falls back to the CPU silently when the TPU does not start."),
+)
 
 
 def apply() -> None:

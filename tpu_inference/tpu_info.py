@@ -133,7 +133,9 @@ def parse_accelerator_type(text: str) -> Slice:
     match = re.fullmatch(r"([a-z0-9]+)-(\d+)", text.strip().lower())
     chip = _BY_TYPE_NAME.get(match[1]) if match else None
     if match is None or chip is None:
-        raise ConfigError(f"accelerator type {text!r} is not known: allowed is one of {', '.join(_BY_TYPE_NAME)}, a dash, a size.")
+        raise ConfigError(
+            f"accelerator type {text!r} is not known: allowed is one of {', '.join(_BY_TYPE_NAME)}, a dash, a size."
+        )
     per_chip = chip.cores if chip.type_counts_cores else 1
     num_chips, rest = divmod(int(match[2]), per_chip)
     one_host = 0 < num_chips <= chip.max_chips_on_one_host
@@ -166,7 +168,7 @@ def _ask_metadata() -> str | None:
 
     request = urllib.request.Request(_METADATA_URL, headers={"Metadata-Flavor": "Google"})
     try:
-        with urllib.request.urlopen(request, timeout=2) as reply:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=2) as reply:
             return reply.read().decode().strip()
     except (OSError, ValueError):
         return None

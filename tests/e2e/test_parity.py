@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+
 from helpers import tiny_models
 from helpers.engines import engine, free_blocks, generate, greedy_params, scheduler, tokens
 from helpers.tiny_models import FAMILIES, greedy, prompts

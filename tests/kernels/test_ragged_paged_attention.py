@@ -79,7 +79,9 @@ def test_xla_form_equals_reference(ops, case, soft_cap, window):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 80), (8, 8, 64), (6, 2, 256), (4, 4, 16)])
 def test_head_shapes(heads, kv_heads, head_dim):
-    args = make_batch([(20, 1), (0, 9), (5, 6)], page_size=16, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    args = make_batch(
+        [(20, 1), (0, 9), (5, 6)], page_size=16, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim
+    )
     out, expected = (
         ragged_paged_attention(*args, scale=0.1, implementation=i, sliding_window=7)[0] for i in ("xla", "reference")
     )

@@ -27,7 +27,9 @@ UNSERVED = tuple(
     name for name in SamplingParams.__struct_fields__ if not name.startswith("_") and name not in SERVED | FRONT_END
 )
 
-_HINT = " (If the request did not set it, the model's generation_config.json did: --generation-config vllm ignores that.)"
+_HINT = (
+    " (If the request did not set it, the model's generation_config.json did: --generation-config vllm ignores that.)"
+)
 _HINTED = frozenset({"presence_penalty", "frequency_penalty", "repetition_penalty"})
 
 

@@ -55,7 +55,7 @@ class TpuPlatform(Platform):
     dist_backend = "gloo"
     simple_compile_backend = "eager"
     device_control_env_var = "TPU_VISIBLE_CHIPS"
-    additional_env_vars: list[str] = envs.forwarded()  # noqa: RUF012
+    additional_env_vars: list[str] = envs.forwarded()
     supported_quantization: list[str] = []  # noqa: RUF012
     _vocab_size: int | None = None
 
@@ -146,7 +146,9 @@ class TpuPlatform(Platform):
             raise ValueError(f"{dtype} is not served by tpu_inference: use --dtype bfloat16 or --dtype float32.")
 
     @classmethod
-    def get_attn_backend_cls(cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
         """Only vLLM's PyTorch models ask, and they are not served yet."""
         raise NotImplementedError("attention of vLLM's PyTorch models is not served by tpu_inference yet")
 

@@ -116,7 +116,9 @@ class CompilationManager:
         known = sorted(str(bucket) for name, bucket in self._programs if name == case.name)
         if self._serving and known:
             shapes = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(case.args[-1])]
-            message = f"{case} is compiled while serving (last argument {', '.join(shapes)}); compiled are {', '.join(known)}"
+            message = (
+                f"{case} is compiled while serving (last argument {', '.join(shapes)}); compiled are {', '.join(known)}"
+            )
             if self._strict:
                 raise RecompilationError(message)
             logger.warning("%s. Requests wait for it: report this shape.", message)

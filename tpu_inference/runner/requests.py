@@ -89,7 +89,9 @@ class RequestStates:
         self.requests[new.req_id] = request
         self._occupy(request, request.prompt, new.num_computed_tokens, new.block_ids)
 
-    def _occupy(self, request: Request, tokens: np.ndarray, num_computed: int, block_ids: tuple[list[int], ...]) -> None:
+    def _occupy(
+        self, request: Request, tokens: np.ndarray, num_computed: int, block_ids: tuple[list[int], ...]
+    ) -> None:
         """Give the request a slot holding `tokens`."""
         slot = self.slots[request.req_id] = self._free.pop()
         self.token_ids[slot, : len(tokens)] = tokens

@@ -54,9 +54,7 @@ class PackedInputs:
     def allocate(cls: type[_T], sizes: Sizes) -> tuple[np.ndarray, _T]:
         """A zeroed buffer and NumPy views into it. Fresh every step: JAX may still be reading the last one."""
         buffer = np.zeros(cls.abstract(sizes).shape, np.int32)
-        views = {
-            name: buffer[words].view(dtype).reshape(shape) for name, words, shape, dtype in cls._slices(sizes)
-        }
+        views = {name: buffer[words].view(dtype).reshape(shape) for name, words, shape, dtype in cls._slices(sizes)}
         return buffer, cls(**views)
 
     @classmethod

@@ -152,7 +152,9 @@ class TPUWorker(WorkerBase):
         if not directory:
             raise TpuInferenceError("Profiling needs --profiler-config.torch_profiler_dir=DIRECTORY for the trace.")
         if delay_iterations or max_iterations:
-            raise TpuInferenceError("delay_iterations and max_iterations are not served: start and stop the profile instead.")
+            raise TpuInferenceError(
+                "delay_iterations and max_iterations are not served: start and stop the profile instead."
+            )
         if is_start:
             jax.profiler.start_trace(f"{directory}/{profile_prefix}" if profile_prefix else directory)
         else:

@@ -44,10 +44,7 @@ class KVCache:
         layout = self.layout
         if not layout.flat:
             return layout.slot_of_layer[layer], 0, layout.group_of_layer[layer]
-        slots, groups = (
-            jax.numpy.asarray(table, "int32")
-            for table in (layout.slot_of_layer, layout.group_of_layer)
-        )
+        slots, groups = (jax.numpy.asarray(table, "int32") for table in (layout.slot_of_layer, layout.group_of_layer))
         return 0, slots[layer] * layout.num_blocks, groups[layer]
 
 

@@ -30,7 +30,7 @@ class BuildContext:
 
     @property
     def platform(self) -> str:
-        """"tpu", "cpu", …: from the mesh, so that nothing initializes a backend."""
+        """ "tpu", "cpu", …: from the mesh, so that nothing initializes a backend."""
         return self.mesh.devices.flat[0].platform
 
     @property

@@ -116,8 +116,10 @@ def merge_pieces(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         if piece.size == 0:
             continue
         last = merged[-1] if merged else None
-        continues = last is not None and last.source == piece.source and (
-            piece.source is None or last.start + last.size == piece.start
+        continues = (
+            last is not None
+            and last.source == piece.source
+            and (piece.source is None or last.start + last.size == piece.start)
         )
         if continues:
             merged[-1] = replace(last, size=last.size + piece.size)
@@ -133,9 +135,7 @@ def padded(source: Source, size: int, to: int) -> tuple[Piece, ...]:
 
 def slots(source: Source, heads: Sequence[int | None], head_dim: int) -> tuple[Piece, ...]:
     """One block of `head_dim` indices for every entry of `heads`, zeros for None."""
-    return merge_pieces(
-        [Piece(head_dim) if h is None else source.piece(h * head_dim, head_dim) for h in heads]
-    )
+    return merge_pieces([Piece(head_dim) if h is None else source.piece(h * head_dim, head_dim) for h in heads])
 
 
 def map_specs(fn: Callable[[WeightSpec], Any], tree: Any) -> Any:

@@ -94,7 +94,7 @@ def decoder_config(hf: Any, max_model_len: int, **choices: Any) -> DecoderConfig
 
 
 def layer_kinds(hf: Any) -> list[str]:
-    """"full_attention" or "sliding_attention" of each layer: the config's list, else its `sliding_window` for all."""
+    """ "full_attention" or "sliding_attention" of each layer: the config's list, else its `sliding_window` for all."""
     kinds = getattr(hf, "layer_types", None)
     if kinds is None:
         everywhere = "sliding_attention" if getattr(hf, "sliding_window", None) else "full_attention"

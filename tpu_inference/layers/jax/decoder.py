@@ -73,9 +73,7 @@ class Decoder(nnx.Module):
         source = Source(f"{name}.weight", (size, width))
         return WeightSpec((rows, width), ctx.dtype, ("vocab", "embed"), padded(source, size, rows))
 
-    def __call__(
-        self, token_ids: jax.Array, kv_cache: KVCache, meta: AttentionMetadata
-    ) -> tuple[jax.Array, KVCache]:
+    def __call__(self, token_ids: jax.Array, kv_cache: KVCache, meta: AttentionMetadata) -> tuple[jax.Array, KVCache]:
         """Token ids [T] -> (hidden states [T, hidden] after the last norm, kv_cache)."""
         x = self.embed[...][token_ids]
         if self.cfg.embed_scale != 1.0:

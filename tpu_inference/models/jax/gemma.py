@@ -21,7 +21,9 @@ class Gemma2ForCausalLM(Decoder):
 
     def __init__(self, hf_config: Any, ctx: BuildContext) -> None:
         if getattr(hf_config, "use_bidirectional_attention", None):
-            raise TpuInferenceError("use_bidirectional_attention is not served: this model generates with causal attention.")
+            raise TpuInferenceError(
+                "use_bidirectional_attention is not served: this model generates with causal attention."
+            )
         bias = bool(hf_config.attention_bias)
         choices = dict(
             qkv_bias=bias,

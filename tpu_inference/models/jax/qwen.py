@@ -20,6 +20,4 @@ class Qwen3ForCausalLM(Decoder):
 
     def __init__(self, hf_config: Any, ctx: BuildContext) -> None:
         bias = bool(hf_config.attention_bias)
-        super().__init__(
-            decoder_config(hf_config, ctx.max_model_len, qkv_bias=bias, o_bias=bias, qk_norm=True), ctx
-        )
+        super().__init__(decoder_config(hf_config, ctx.max_model_len, qkv_bias=bias, o_bias=bias, qk_norm=True), ctx)
