@@ -133,7 +133,7 @@ def main() -> int:
             rows, found = section()
         except ConfigError as error:
             rows, found = [], [str(error)]
-        print(f"{title}\n" + "\n".join(f"  {name:<22}{value}" for name, value in rows))
+        print(f"{title}\n" + "\n".join(f"  {name:<29} {value}" for name, value in rows))
         problems += [problem for problem in found if problem not in problems]
     print("What is wrong\n" + ("\n".join(f"  - {problem}" for problem in problems) or "  nothing"))
     return 1 if problems else 0

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The platform's configuration: complete, idempotent, and refusing what is not served."""
+
+import copy
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from tpu_inference.demo import MODEL
+from tpu_inference.platforms.tpu_platform import WORKER, TpuPlatform, default_block_size
+
+
+def config(**options):
+    return EngineArgs(model=MODEL, **options).create_engine_config()
+
+
+def test_vllm_chose_this_platform():
+    assert type(current_platform) is TpuPlatform
+    assert current_platform.is_tpu() and not current_platform.is_cpu()
+    assert current_platform.supported_dtypes == [torch.bfloat16, torch.float32]
+    assert current_platform.get_device_name() == "cpu"
+    assert current_platform.get_device_total_memory() > 2**30
+
+
+def test_configuration_is_complete_and_idempotent():
+    done = config()
+    assert done.parallel_config.worker_cls == WORKER
+    assert done.parallel_config.distributed_executor_backend == "uni"
+    assert done.compilation_config.mode == 0
+    assert done.scheduler_config.async_scheduling
+    assert done.cache_config.block_size == 16
+    again = copy.deepcopy(done)
+    TpuPlatform.check_and_update_config(again)
+    assert (again.parallel_config, again.cache_config, again.compilation_config.mode) == (
+        done.parallel_config,
+        done.cache_config,
+        done.compilation_config.mode,
+    )
+
+
+def test_the_users_block_size_stays():
+    assert config(block_size=32).cache_config.block_size == 32
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "platform", "size"),
+    [(100, "tpu", 16), (4096, "tpu", 32), (10**6, "tpu", 256), (10**6, "cpu", 16)],
+)
+def test_default_block_size(max_model_len, platform, size):
+    assert default_block_size(max_model_len, platform) == size
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(pipeline_parallel_size=2), "pipeline parallelism.*use --tensor-parallel-size"),
+        (dict(data_parallel_size=2), "data parallelism"),
+        (dict(tensor_parallel_size=2, enable_expert_parallel=True), "expert parallelism"),
+        (dict(distributed_executor_backend="mp"), "executor 'mp'"),
+        (dict(enable_lora=True), "LoRA"),
+        (dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2}), "speculative decoding"),
+        (dict(kv_cache_dtype="fp8"), "KV cache of type 'fp8'"),
+        (dict(dtype="float16"), "float16"),
+        (dict(enable_prompt_embeds=True), "prompts given as embeddings"),
+        (dict(max_logprobs=-1), "max-logprobs"),
+        (dict(logprobs_mode="processed_logits"), "logprobs_mode"),
+        (dict(additional_config={"typo": 1}), "unknown keys"),
+        (dict(hf_overrides={"architectures": ["FalconForCausalLM"]}), "served are .*LlamaForCausalLM"),
+    ],
+)
+def test_what_is_not_served_is_refused_with_what_to_do(options, message):
+    with pytest.raises(Exception, match=message):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("MODEL_IMPL_TYPE", "vllm", "PyTorch models"), ("PREFILL_SLICES", "2x2", "disaggregated")],
+)
+def test_variables_of_later_features_are_refused(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(Exception, match=message):
+        config()
