@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real TPU compiler takes the engine's step, sharded, without a TPU."""
+
+import os
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax.numpy as jnp
+import pytest
+from helpers.tiny_models import FAMILIES
+from jax.experimental import topologies
+
+from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.sharding import make_mesh
+from tpu_inference.layers.common.weights import map_specs
+from tpu_inference.layers.jax.decoder import pure_functions
+from tpu_inference.models.common.loader import model_functions
+from tpu_inference.models.common.registry import model_class
+from tpu_inference.runner.buckets import Bucket, BucketPlan
+from tpu_inference.runner.compilation_manager import CompilationManager
+from tpu_inference.runner.kv_cache_manager import abstract_kv_cache, uniform_layout
+from tpu_inference.runner.programs import StepPrograms
+
+pytestmark = [pytest.mark.slow, pytest.mark.aot]
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "gemma3": "Gemma3ForCausalLM"}
+
+
+def programs(name: str, topology: str, tensor_parallel: int) -> StepPrograms:
+    import transformers
+
+    kind, extra = FAMILIES[name]
+    shape = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, head_dim=128)
+    hf_config = getattr(transformers, kind)(
+        **{**dict(vocab_size=2048, num_key_value_heads=2, max_position_embeddings=2048), **extra, **shape,
+           "layer_types": None}
+    )  # fmt: skip
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(devices, tensor_parallel)
+    module = model_class(ARCHITECTURES[name])(hf_config, BuildContext(mesh, jnp.bfloat16, 2048))
+    specs, _, _ = pure_functions(module)
+    model = model_functions(module, map_specs(lambda spec: spec.abstract(mesh), specs), mesh)
+    assert model.flat_kv, "layers are scanned on TPU"
+    layout = uniform_layout(model, num_blocks=512)
+    return StepPrograms(
+        model,
+        BucketPlan.build(256, 32, on_tpu=True),
+        mesh,
+        CompilationManager(strict=False),
+        kv_cache=abstract_kv_cache(model, layout, 16, model.kv_dtype, mesh),
+        num_groups=1,
+        max_blocks=129,
+        num_slots=32,
+        max_logprobs=20,
+        hidden=model.hidden,
+    )
+
+
+@pytest.mark.parametrize("topology", ["v6e:2x2", "v5e:2x2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_forward_compiles_with_the_cache_in_place(name, topology):
+    case = programs(name, topology, 4).forward_case(Bucket(32, 32))
+    memory = case.fn.lower(*case.args).compile().memory_analysis()
+    pages = case.args[1].pages[0]
+    per_device = pages.size * pages.dtype.itemsize // 4
+    assert memory.alias_size_in_bytes >= per_device, "the KV cache is donated"
+    assert memory.temp_size_in_bytes < per_device, "a temporary as large as the cache is a copy of it"
+
+
+def test_sampling_compiles():
+    made = programs("llama", "v6e:2x2", 4)
+    for case in (made.greedy_case(32), made.sample_case(32), made.logprobs_case(32)):
+        assert case.fn.lower(*case.args).compile().cost_analysis()["flops"] > 0
