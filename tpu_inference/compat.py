@@ -7,6 +7,7 @@
 | `vllm.envs.environment_variables` extended | `envs.register_with_vllm` | else our variables are warned about and not forwarded by Ray | vLLM has a registration call |
 | `VLLM_XLA_USE_SPMD=1` | `env_override` | else vLLM defaults to one process a device | vLLM lets a platform choose its executor |
 | `DefaultModelLoader._prepare_weights` | `weight_files` | the one place that knows hubs, revisions and which files count | it is public |
+| `ModelRegistry.register_model` with a class never built | `declare_architecture` | vLLM asks a PyTorch class what a model can do | a platform can answer |
 | logits processor plugins | `unserved_logits_processors` | vLLM drops them silently for TPU | they are served |
 """
 
@@ -40,3 +41,30 @@ def weight_files(model_config: Any, load_config: Any) -> list[str]:
         model, None, model_config.revision, fall_back_to_pt=True, allow_patterns_overrides=None
     )
     return files
+
+
+def declare_architecture(architecture: str) -> None:
+    """Tell vLLM that `architecture` exists and generates text, unless it has a class of its own for it.
+
+    vLLM asks its registry what a model can do before any worker starts, by looking at a PyTorch class; ours is never built.
+    """
+    import torch
+    from vllm import ModelRegistry
+
+    if architecture in ModelRegistry.get_supported_archs():
+        return
+
+    class ServedByJax(torch.nn.Module):
+        def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+            raise NotImplementedError(f"{architecture} is a JAX model")
+
+        def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+        def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+        def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    ModelRegistry.register_model(architecture, ServedByJax)

@@ -8,9 +8,9 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax.numpy as jnp
 import pytest
-from helpers.tiny_models import FAMILIES
 from jax.experimental import topologies
 
+from helpers.tiny_models import FAMILIES
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.sharding import make_mesh
 from tpu_inference.layers.common.weights import map_specs

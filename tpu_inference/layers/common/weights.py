@@ -143,6 +143,11 @@ def map_specs(fn: Callable[[WeightSpec], Any], tree: Any) -> Any:
     return jax.tree.map(fn, tree, is_leaf=lambda leaf: isinstance(leaf, WeightSpec))
 
 
+def leaves(tree: Any) -> list[WeightSpec]:
+    """All specs of a tree."""
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, WeightSpec))
+
+
 def bytes_of(spec: WeightSpec) -> int:
     """Bytes of the whole array, over all shards."""
     return int(np.prod(spec.device_shape)) * np.dtype(spec.dtype).itemsize

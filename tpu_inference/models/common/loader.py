@@ -13,18 +13,13 @@ from tqdm import tqdm
 
 from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.heads import plan_heads
-from tpu_inference.layers.common.weights import Piece, WeightSpec, map_specs
+from tpu_inference.layers.common.weights import Piece, WeightSpec, leaves, map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Buffers that old checkpoints carry and nothing reads."""
-
-
-def leaves(specs: Any) -> list[WeightSpec]:
-    """All specs of a tree."""
-    return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, WeightSpec))
 
 
 def expected_tensors(specs: Any) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@
 from importlib import import_module
 from typing import Any
 
+from tpu_inference.compat import declare_architecture
 from tpu_inference.errors import TpuInferenceError
 
 _HERE = "tpu_inference.models.jax"
@@ -35,6 +36,7 @@ def register_model(architecture: str, target: str) -> None:
     if not (module and colon and name.isidentifier()):
         raise ValueError(f"target={target!r} must be 'package.module:Class'")
     _MODELS[architecture] = target
+    declare_architecture(architecture)
 
 
 def find_architecture(architectures: list[str] | None) -> str:
