@@ -12,8 +12,8 @@ def init_logger(name: str) -> logging.Logger:
 
 
 def log_once(logger: logging.Logger, level: int, message: str, *args: object) -> None:
-    """Log a message the first time this process has it to say."""
+    """Log a message the first time this process has it to say, as from the caller's caller."""
     key = (logger.name, message % args)
     if key not in _seen:
         _seen.add(key)
-        logger.log(level, message, *args)
+        logger.log(level, message, *args, stacklevel=3)

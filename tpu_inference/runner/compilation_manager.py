@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ahead-of-time compilation: every program a server can need, compiled before the first request, and a watch on any after."""
 
+import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,16 +64,19 @@ class CompilationManager:
         self._serving = False
         self._cache_hits = 0
         self.compiled_while_serving: list[str] = []
-        jax.monitoring.register_event_listener(self._on_event)
-        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        self._watched_thread: int | None = None
+        # JAX keeps listeners for ever: weakly bound, they keep no engine's programs and parameters alive.
+        on_event, on_duration = weakref.WeakMethod(self._on_event), weakref.WeakMethod(self._on_duration)
+        jax.monitoring.register_event_listener(lambda *a, **k: (m := on_event()) and m(*a, **k))
+        jax.monitoring.register_event_duration_secs_listener(lambda *a, **k: (m := on_duration()) and m(*a, **k))
 
     def _on_event(self, event: str, **_: Any) -> None:
         if event == "/jax/compilation_cache/cache_hits":
             self._cache_hits += 1
 
     def _on_duration(self, event: str, _seconds: float, **details: Any) -> None:
-        """Any compile by anyone in this process, ours or a stray jnp call's, while serving."""
-        if self._serving and event == "/jax/core/compile/backend_compile_duration":
+        """Any compile during a step, a program's or a stray jnp call's; not those of another engine in this process."""
+        if threading.get_ident() == self._watched_thread and event == "/jax/core/compile/backend_compile_duration":
             self.compiled_while_serving.append(str(details.get("fun_name", "a function")))
 
     def __len__(self) -> int:
@@ -122,15 +128,21 @@ class CompilationManager:
             if self._strict:
                 raise RecompilationError(message)
             logger.warning("%s. Requests wait for it: report this shape.", message)
-        serving, self._serving = self._serving, False
+        watched, self._watched_thread = self._watched_thread, None
         try:
             self.warm_up([case], progress=False)
         finally:
-            self._serving = serving
+            self._watched_thread = watched
         return self._programs[case.key]
 
-    def check(self) -> None:
-        """Report programs that were compiled behind our back since the last call; raise in strict mode."""
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """A part of a step in which nothing may compile once serving: strict mode raises, else a warning names it."""
+        self._watched_thread = threading.get_ident() if self._serving else None
+        try:
+            yield
+        finally:
+            self._watched_thread = None
         if self.compiled_while_serving:
             names, self.compiled_while_serving = self.compiled_while_serving, []
             message = f"compiled while serving: {', '.join(names)}"

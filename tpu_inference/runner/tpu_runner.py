@@ -59,13 +59,14 @@ class TPUModelRunner:
             token_sizes=tpu_config.token_buckets,
         )
         self.compilation = CompilationManager(strict=envs.VLLM_XLA_CHECK_RECOMPILATION)
-        self.model: ModelFunctions
+        # Not `model`: vLLM takes an attribute of that name for a torch module.
+        self.functions: ModelFunctions
         self.kv_cache: KVCache
         self._pending: PendingStep | None = None
 
     def load_model(self, *, dummy: bool = False) -> None:
         """Parameters onto the devices."""
-        self.model = load_model(self.vllm_config, self.mesh, dummy=dummy)
+        self.functions = load_model(self.vllm_config, self.mesh, dummy=dummy)
 
     @property
     def block_size(self) -> int:
@@ -77,43 +78,45 @@ class TPUModelRunner:
         return -(-self.model_config.max_model_len // self.block_size) + 1
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        return kv_cache_specs(self.model, self.block_size, self.model_config.dtype)
+        return kv_cache_specs(self.functions, self.block_size, self.model_config.dtype)
 
     def _make_programs(self, layout: KVCacheLayout, num_groups: int, compilation: CompilationManager) -> StepPrograms:
         return StepPrograms(
-            self.model,
+            self.functions,
             self.plan,
             self.mesh,
             compilation,
-            kv_cache=abstract_kv_cache(self.model, layout, self.block_size, self.model.kv_dtype, self.mesh),
+            kv_cache=abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh),
             num_groups=num_groups,
             max_blocks=self.max_blocks,
             num_slots=self.vllm_config.scheduler_config.max_num_seqs,
             max_logprobs=max(self.model_config.max_logprobs, 0),
-            hidden=self.model.hidden,
+            hidden=self.functions.hidden,
         )
 
     def temporary_bytes(self) -> int:
         """Bytes per device that the largest forward program needs besides parameters and cache, as its compiler plans them."""
-        layout = uniform_layout(self.model, num_blocks=self.max_blocks)
+        layout = uniform_layout(self.functions, num_blocks=self.max_blocks)
         case = self._make_programs(layout, 1, self.compilation).forward_case(self.plan.buckets[-1])
         memory = case.fn.lower(*case.args).compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
     def initialize_kv_cache(self, config: KVCacheConfig) -> int:
         """Allocate what vLLM decided; returns its bytes over all devices."""
-        layout = layout_from_config(config, [layer.name for layer in self.model.layers], flat=self.model.flat_kv)
+        layout = layout_from_config(
+            config, [layer.name for layer in self.functions.layers], flat=self.functions.flat_kv
+        )
         num_groups = len(config.kv_cache_groups)
         self.programs = self._make_programs(layout, num_groups, self.compilation)
         self.kv_cache = allocate_kv_cache(
-            abstract_kv_cache(self.model, layout, self.block_size, self.model.kv_dtype, self.mesh)
+            abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh)
         )
         self.last_tokens = self.programs.make_last_tokens()
         self.prompt_logprobs = PromptLogprobs(self.programs)
         self.states = RequestStates(
             max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
             max_model_len=self.model_config.max_model_len,
-            vocab_size=self.model.vocab_size,
+            vocab_size=self.functions.vocab_size,
             num_groups=num_groups,
             max_blocks=self.max_blocks,
             seed=self.model_config.seed,
@@ -136,16 +139,20 @@ class TPUModelRunner:
         states.apply(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        batch = InputBatch.build(states, scheduler_output.num_scheduled_tokens)
+        with self.compilation.watch():
+            self._pending = self._forward(InputBatch.build(states, scheduler_output.num_scheduled_tokens))
+        return None
+
+    def _forward(self, batch: InputBatch) -> PendingStep:
+        states = self.states
         bucket = self.plan.pick(batch.total_tokens, batch.num_rows)
         buffer = batch.pack(states, bucket, self.programs.sizes(bucket))
-        params = self.model.params
+        params = self.functions.params
         hidden, logits, sample_slots, self.kv_cache = self.programs.forward(
             bucket, params, self.kv_cache, self.last_tokens, buffer
         )
         prompt_logprobs = self.prompt_logprobs.collect(states, batch, params, hidden)
-        self._pending = PendingStep(batch, bucket, logits, sample_slots, prompt_logprobs)
-        return None
+        return PendingStep(batch, bucket, logits, sample_slots, prompt_logprobs)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncOutput:
         """Sample from the pending step's logits; the result is on its way to the host when this returns."""
@@ -154,6 +161,10 @@ class TPUModelRunner:
             raise TpuInferenceError("sample_tokens was called without a step to sample from")
         if grammar_output is not None:
             raise TpuInferenceError("structured outputs reached the runner, though validate_request refuses them")
+        with self.compilation.watch():
+            return self._sample(step)
+
+    def _sample(self, step: PendingStep) -> AsyncOutput:
         states, batch, rows = self.states, step.batch, step.bucket.rows
         args = (step.logits, step.sample_slots, self.last_tokens)
         if batch.needs_sampling_inputs(states):
@@ -162,5 +173,4 @@ class TPUModelRunner:
             tokens, self.last_tokens = self.programs.sample_greedy(rows, *args)
         num_logprobs = int(np.max(states.num_logprobs[batch.slots]))
         logprobs = self.programs.logprobs(rows, step.logits, tokens) if num_logprobs >= 0 else None
-        self.compilation.check()
         return AsyncOutput(batch, tokens, logprobs, num_logprobs, step.prompt_logprobs)

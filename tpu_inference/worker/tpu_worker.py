@@ -76,7 +76,7 @@ class TPUWorker(WorkerBase):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with self.report.phase("weights") as phase:
             self.model_runner.load_model(dummy=load_dummy_weights)
-            phase.num_bytes = _bytes_of(self.model_runner.model.params)
+            phase.num_bytes = _bytes_of(self.model_runner.functions.params)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         return self.model_runner.get_kv_cache_spec()
@@ -89,7 +89,7 @@ class TPUWorker(WorkerBase):
             on_cpu = self.devices[0].platform == "cpu"
             measured = not (on_cpu or self.cache_config.kv_cache_memory_bytes)
             temporaries = self.model_runner.temporary_bytes() if measured else 0
-            weights = _bytes_of(self.model_runner.model.params)
+            weights = _bytes_of(self.model_runner.functions.params)
             phase.num_bytes = kv_cache_budget(self.cache_config, self.devices, weights, temporaries)
             phase.note = "allowed for the KV cache"
         return phase.num_bytes
