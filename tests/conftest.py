@@ -9,7 +9,7 @@ from pathlib import Path
 # Before JAX and vLLM are imported, which read these once.
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    JAX_NUM_CPU_DEVICES="8",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_XLA_CHECK_RECOMPILATION="1",
     VLLM_NO_USAGE_STATS="1",

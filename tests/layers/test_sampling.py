@@ -139,8 +139,8 @@ def test_samples_are_allowed_ones_in_a_batch_of_different_requests(rows, seed):
 
 
 def test_every_allowed_token_comes_up():
-    logits = np.repeat(logits_of(1, rows=1), 4096, axis=0)
-    tokens = np.asarray(compiled_sample(logits, arguments(4096, top_k=6, temperature=2.0)))
+    logits = np.repeat(logits_of(1, rows=1), 512, axis=0)
+    tokens = np.asarray(compiled_sample(logits, arguments(512, top_k=6, temperature=2.0)))
     assert set(tokens.tolist()) == allowed(logits[0], top_k=6)
 
 
@@ -187,7 +187,7 @@ def test_a_seed_and_a_step_decide_whatever_the_batch():
         int(compiled_sample(one, arguments(1, seeds=123, steps=step, **others))[0]) for step in range(20)
     ]  # fmt: skip
     assert len(set(alone)) > 5
-    for rows, row in ((2, 1), (8, 0), (8, 7), (16, 5)):
+    for rows, row in ((8, 0), (8, 7), (16, 5)):
         logits = logits_of(7, rows=rows)
         logits[row] = one
         for step in range(0, 20, 5):
@@ -200,9 +200,9 @@ def test_a_seed_and_a_step_decide_whatever_the_batch():
 
 
 def test_seeds_and_steps_are_independent():
-    logits = np.repeat(logits_of(8, rows=1), 64, axis=0)
-    of_seeds = np.asarray(compiled_sample(logits, arguments(64, seeds=np.arange(64), steps=0)))
-    of_steps = np.asarray(compiled_sample(logits, arguments(64, seeds=0, steps=np.arange(64))))
+    logits = np.repeat(logits_of(8, rows=1), 512, axis=0)
+    of_seeds = np.asarray(compiled_sample(logits, arguments(512, seeds=np.arange(512), steps=0)))
+    of_steps = np.asarray(compiled_sample(logits, arguments(512, seeds=0, steps=np.arange(512))))
     assert len(set(of_seeds.tolist())) > 20 and len(set(of_steps.tolist())) > 20
     assert (of_seeds[1:] != of_steps[1:]).mean() > 0.7
 

@@ -64,6 +64,7 @@ def test_default_block_size(max_model_len, platform, size):
         (dict(kv_cache_dtype="fp8"), "KV cache of type 'fp8'"),
         (dict(dtype="float16"), "float16"),
         (dict(enable_prompt_embeds=True), "prompts given as embeddings"),
+        (dict(model_impl="vllm"), "model_impl='vllm'"),
         (dict(max_logprobs=-1), "max-logprobs"),
         (dict(logprobs_mode="processed_logits"), "logprobs_mode"),
         (dict(additional_config={"typo": 1}), "unknown keys"),

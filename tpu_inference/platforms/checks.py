@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tpu_inference import envs
+from tpu_inference.compat import unserved_logits_processors
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import ConfigError
 
@@ -153,6 +154,11 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove --logits-processors",
     ),
     Refusal(
+        lambda c: unserved_logits_processors(),
+        "logits processors of installed packages ({})",
+        "uninstall them from this environment",
+    ),
+    Refusal(
         _of_model(lambda m: m.logprobs_mode != "raw_logprobs" and m.logprobs_mode),
         "logprobs_mode={!r}",
         "use --logprobs-mode raw_logprobs",
@@ -165,7 +171,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(_of_model(lambda m: m.enable_trace_replay), "trace replay", "remove --enable-trace-replay"),
     Refusal(_of_model(lambda m: m.return_sampling_mask), "returned sampling masks", "remove --return-sampling-mask"),
     Refusal(
-        _of_model(lambda m: m.model_impl not in ("auto", "vllm") and str(m.model_impl)),
+        _of_model(lambda m: m.model_impl != "auto" and str(m.model_impl)),
         "model_impl={!r}",
         "use --model-impl auto",
     ),

@@ -46,7 +46,7 @@ def _is_set(value: Any, default: Any) -> bool:
 def _refuse_fields(params: SamplingParams) -> None:
     for name in UNSERVED:
         value = getattr(params, name)
-        # A penalty of 0 is false and still asks for something.
+        # A budget of 0 is false and still asks for something.
         if _is_set(value, getattr(_DEFAULTS, name)) or (name == "thinking_token_budget" and value is not None):
             hint = _HINT if name in _HINTED else ""
             raise RequestError(

@@ -23,6 +23,7 @@ logger = init_logger(__name__)
 
 WORKER = "tpu_inference.worker.tpu_worker.TPUWorker"
 CPU_BLOCK_SIZE = 16
+CPU_MEMORY_SHOWN = 64 * 2**30
 # On TPU a block is what one DMA moves: larger ones for longer contexts, where a partly filled last block wastes less.
 TPU_BLOCK_SIZES = ((2048, 16), (8192, 32), (32768, 64), (131072, 128))
 TPU_LARGEST_BLOCK_SIZE = 256
@@ -33,6 +34,13 @@ def default_block_size(max_model_len: int, platform: str) -> int:
     if platform == "cpu":
         return CPU_BLOCK_SIZE
     return next((size for limit, size in TPU_BLOCK_SIZES if max_model_len <= limit), TPU_LARGEST_BLOCK_SIZE)
+
+
+def _log_device() -> None:
+    detection = tpu_info.detect_once()
+    chip = f" ({detection.num_chips} x {detection.chip.name})" if detection.chip else ""
+    message = "tpu_inference serves on %s%s: %s. Set JAX_PLATFORMS to cpu or tpu to choose."
+    log_once(logger, logging.INFO, message, detection.platform.upper(), chip, detection.reason)
 
 
 def _change(owner: Any, name: str, value: Any, why: str) -> None:
@@ -59,18 +67,6 @@ class TpuPlatform(Platform):
     supported_quantization: list[str] = []  # noqa: RUF012
     _vocab_size: int | None = None
 
-    def __init__(self) -> None:
-        detection = tpu_info.detect_once()
-        chip = f" ({detection.num_chips} x {detection.chip.name})" if detection.chip else ""
-        log_once(
-            logger,
-            logging.INFO,
-            "tpu_inference serves on %s%s: %s. Set JAX_PLATFORMS to cpu or tpu to choose.",
-            detection.platform.upper(),
-            chip,
-            detection.reason,
-        )
-
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
         return SERVED_DTYPES
@@ -89,9 +85,9 @@ class TpuPlatform(Platform):
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        """HBM bytes of one device, or the machine's RAM."""
+        """HBM bytes of one device, or the machine's RAM, as far as vLLM's default batch sizes do not grow with it."""
         chip = tpu_info.detect_once().chip
-        return chip.hbm_bytes_per_device if chip else psutil.virtual_memory().total
+        return chip.hbm_bytes_per_device if chip else min(psutil.virtual_memory().total, CPU_MEMORY_SHOWN)
 
     # What vLLM would do on a torch device, and need not here.
 
@@ -167,6 +163,7 @@ class TpuPlatform(Platform):
         """Make the configuration one that the worker serves, or raise ConfigError. vLLM calls this more than once."""
         from vllm.config import CompilationMode, CUDAGraphMode
 
+        _log_device()  # not earlier: vLLM has set up its logging only now
         refuse_unserved(vllm_config)
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
         if parallel.worker_cls == "auto":

@@ -166,7 +166,9 @@ class TPUWorker(WorkerBase):
 
 
 def _make_virtual_devices(count: int) -> None:
-    """Let JAX's CPU backend show `count` devices, if it has not started; `make_mesh` reports too few otherwise."""
+    """Let JAX's CPU backend show `count` devices, unless it has started or shows more; `make_mesh` reports too few."""
+    if jax.config.jax_num_cpu_devices >= count:
+        return
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
