@@ -70,6 +70,10 @@ ASKED = dict(
     thinking_token_budget=0,
     extra_args={"x": 1},
     routed_experts_prompt_start=3,
+    watermarking=True,
+    prompt_logprob_token_ids=[[5]] * 3,
+    prompt_logprob_start=2,
+    trace_decode_token_ids=[5, 6],
 )
 """A value of every field that is not served."""
 

@@ -62,12 +62,13 @@ def test_after_preemption(zoo, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tp", [2, 8])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("llama-")])
+@pytest.mark.parametrize(
+    ("name", "tp"), [("llama", 2), ("gemma3", 2), *((name, 8) for name in FAMILIES if not name.startswith("llama-"))]
+)
 def test_tensor_parallel(zoo, name, tp):
     path = zoo(f"{name}@8")
     batch = prompts(5, seed=2)
-    with engine(path, tensor_parallel_size=tp) as llm:
+    with engine(path, tensor_parallel_size=tp, max_num_seqs=8, max_num_batched_tokens=16) as llm:
         check(path, batch, tokens(llm, batch, COUNT))
 
 

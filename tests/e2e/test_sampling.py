@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from helpers.engines import engine, free_blocks
 from helpers.tiny_models import logprobs
@@ -164,7 +165,7 @@ def test_several_sequences_of_a_request(llm):
     assert len({tuple(answer) for answer in ids(out)}) == 3
     mixed, _ = complete(llm, [TEXT, STORY], [params, SamplingParams(temperature=0, max_tokens=9)])
     assert ids(mixed) == ids(out)
-    with pytest.raises(ValueError, match="n must be 1"):
+    with pytest.raises(VLLMValidationError, match="n must be 1"):
         SamplingParams(temperature=0, n=2)
 
 
