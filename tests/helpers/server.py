@@ -22,7 +22,9 @@ NAME = "demo"
 ARGS = (
     "--served-model-name", NAME, "--host", HOST, "--max-model-len", "256", "--max-num-seqs", "8",
     "--max-num-batched-tokens", "128", "--num-gpu-blocks-override", "200",
+    "--additional-config", '{"token_buckets": [8, 128]}',
 )  # fmt: skip
+"""Few programs to compile."""
 # What tests/conftest.py sets for engines inside the tests' own process.
 FOR_IN_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "XLA_FLAGS")
 READY_S = 180

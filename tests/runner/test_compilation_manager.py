@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs compiled ahead of time, and the watch on any compiled later."""
 
+import gc
 import re
+import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +29,14 @@ def unexpected():
 
 
 @pytest.fixture
-def managers():
-    """Makes managers, and takes their listeners off JAX afterwards."""
-    made = []
-
-    def make(strict):
-        made.append(CompilationManager(strict=strict))
-        return made[-1]
-
-    yield make
-    for manager in made:
-        manager._serving = False
-        jax.monitoring.unregister_event_listener(manager._on_event)
-        jax.monitoring.unregister_event_duration_listener(manager._on_duration)
-
-
-@pytest.fixture
 def warnings(monkeypatch):
     logged = []
     monkeypatch.setattr(compilation_manager.logger, "warning", lambda message, *args: logged.append(message % args))
     return logged
 
 
-def test_warm_up_compiles_each_once(managers):
-    manager = managers(strict=True)
+def test_warm_up_compiles_each_once():
+    manager = CompilationManager(strict=True)
     cases = [case(size) for size in (1, 2, 4, 8)]
     report = manager.warm_up(cases, progress=False)
     assert report.programs == len(manager) == 4
@@ -61,8 +48,8 @@ def test_warm_up_compiles_each_once(managers):
     assert (again.programs, len(manager)) == (1, 5)
 
 
-def test_get_returns_the_executable_of_the_bucket(managers):
-    manager = managers(strict=True)
+def test_get_returns_the_executable_of_the_bucket():
+    manager = CompilationManager(strict=True)
     manager.warm_up([case(2), case(3), case(3, "triple", lambda x, y: x * 3)], progress=False)
     manager.start_serving()
     ones = np.ones(3, np.float32)
@@ -71,16 +58,16 @@ def test_get_returns_the_executable_of_the_bucket(managers):
     assert np.asarray(manager.get("triple", 3, unexpected)(2 * ones, ones)).tolist() == [6, 6, 6]
 
 
-def test_an_error_of_the_compiler_is_raised(managers):
+def test_an_error_of_the_compiler_is_raised():
     def broken(x, y):
         return x @ jnp.ones((99, 2))
 
     with pytest.raises(TypeError, match="99"):
-        managers(strict=False).warm_up([case(2), case(3, "broken", broken)], progress=False)
+        CompilationManager(strict=False).warm_up([case(2), case(3, "broken", broken)], progress=False)
 
 
-def test_strict_raises_with_the_shapes(managers):
-    manager = managers(strict=True)
+def test_strict_raises_with_the_shapes():
+    manager = CompilationManager(strict=True)
     manager.warm_up([case(2), case(4)], progress=False)
     manager.start_serving()
     with pytest.raises(RecompilationError, match=re.escape("double[7]")) as error:
@@ -90,27 +77,27 @@ def test_strict_raises_with_the_shapes(managers):
     assert len(manager) == 2
 
 
-def test_lenient_warns_compiles_and_keeps(managers, warnings):
-    manager = managers(strict=False)
+def test_lenient_warns_compiles_and_keeps(warnings):
+    manager = CompilationManager(strict=False)
     manager.warm_up([case(2)], progress=False)
     manager.start_serving()
-    program = manager.get("double", 7, lambda: case(7))
+    with manager.watch():
+        program = manager.get("double", 7, lambda: case(7))
     assert len(warnings) == 1
     for part in ("double[7]", "float32[7]", "compiled are 2"):
         assert part in warnings[0]
     assert np.asarray(program(np.ones(7, np.float32), np.zeros(7, np.float32))).tolist() == [2] * 7
     assert manager.get("double", 7, unexpected) is program
-    manager.check()
     assert len(warnings) == 1, "reported once"
     # Still on watch.
     manager.get("double", 9, lambda: case(9))
     assert len(warnings) == 2
 
 
-def test_without_warm_up_programs_compile_on_first_use(managers, warnings):
-    manager = managers(strict=True)
-    assert manager.get("double", 2, lambda: case(2)) is manager.get("double", 2, unexpected)
-    manager.check()
+def test_without_warm_up_programs_compile_on_first_use(warnings):
+    manager = CompilationManager(strict=True)
+    with manager.watch():
+        assert manager.get("double", 2, lambda: case(2)) is manager.get("double", 2, unexpected)
     assert not warnings
 
 
@@ -119,31 +106,65 @@ def stray():
     return jax.jit(lambda x: x - 17.25)(np.ones(13, np.float32)).block_until_ready()
 
 
-def test_a_stray_compilation_while_serving_is_seen(managers):
-    manager = managers(strict=True)
+def test_a_stray_compilation_in_a_step_is_seen():
+    manager = CompilationManager(strict=True)
     manager.start_serving()
-    stray()
-    with pytest.raises(RecompilationError, match=r"compiled while serving: .*lambda"):
-        manager.check()
-    manager.check()  # once
+    with pytest.raises(RecompilationError, match=r"compiled while serving: .*lambda"), manager.watch():
+        stray()
+    with manager.watch():  # reported once
+        pass
 
 
-def test_a_stray_compilation_is_a_warning_unless_strict(managers, warnings):
-    manager = managers(strict=False)
+def test_a_stray_compilation_is_a_warning_unless_strict(warnings):
+    manager = CompilationManager(strict=False)
     manager.start_serving()
-    stray()
-    manager.check()
+    with manager.watch():
+        stray()
     assert len(warnings) == 1 and "compiled while serving" in warnings[0]
 
 
-def test_before_serving_anything_may_compile(managers):
-    manager = managers(strict=True)
-    stray()
-    manager.check()
+def test_before_serving_anything_may_compile():
+    manager = CompilationManager(strict=True)
+    with manager.watch():
+        stray()
     assert manager.compiled_while_serving == []
 
 
-def test_hits_of_the_persistent_cache_are_counted(managers, tmp_path):
+def test_between_steps_and_in_other_threads_anything_may_compile():
+    manager, other = CompilationManager(strict=True), CompilationManager(strict=True)
+    manager.start_serving()
+    other.start_serving()
+    stray()
+    with manager.watch():
+        thread = threading.Thread(target=stray)
+        thread.start()
+        thread.join()
+    with other.watch():
+        pass
+    assert manager.compiled_while_serving == other.compiled_while_serving == []
+
+
+def test_an_error_in_a_step_is_not_hidden_and_ends_the_watch():
+    manager = CompilationManager(strict=True)
+    manager.start_serving()
+    with pytest.raises(ZeroDivisionError), manager.watch():
+        raise ZeroDivisionError
+    stray()
+    assert manager.compiled_while_serving == []
+
+
+def test_a_manager_is_let_go_with_its_programs():
+    """JAX keeps listeners for the life of the process."""
+    manager = CompilationManager(strict=True)
+    manager.warm_up([case(2)], progress=False)
+    gone = weakref.ref(manager)
+    del manager
+    gc.collect()
+    assert gone() is None
+    stray()  # its listeners do nothing now
+
+
+def test_hits_of_the_persistent_cache_are_counted(tmp_path):
     from jax.experimental.compilation_cache import compilation_cache
 
     from tpu_inference.runner.compile_cache import enable_compile_cache
@@ -156,9 +177,9 @@ def test_hits_of_the_persistent_cache_are_counted(managers, tmp_path):
     compilation_cache.reset_cache()
     enable_compile_cache(str(tmp_path))
     try:
-        first = managers(strict=True).warm_up([case(21), case(22)], progress=False)
+        first = CompilationManager(strict=True).warm_up([case(21), case(22)], progress=False)
         jax.clear_caches()
-        second = managers(strict=True).warm_up([case(21), case(22), case(23)], progress=False)
+        second = CompilationManager(strict=True).warm_up([case(21), case(22), case(23)], progress=False)
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

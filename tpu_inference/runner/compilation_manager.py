@@ -139,6 +139,7 @@ class CompilationManager:
     def watch(self) -> Iterator[None]:
         """A part of a step in which nothing may compile once serving: strict mode raises, else a warning names it."""
         self._watched_thread = threading.get_ident() if self._serving else None
+        self.compiled_while_serving = []
         try:
             yield
         finally:

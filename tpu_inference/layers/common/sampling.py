@@ -93,17 +93,24 @@ def draw(logits: jax.Array, seeds: jax.Array, steps: jax.Array) -> jax.Array:
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     rows, vocab = logits.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
-    block_ends = jnp.cumsum(blocks.sum(-1), axis=-1)
+    sums = blocks.sum(-1)
+    block_ends = jnp.cumsum(sums, axis=-1)
     target = u * block_ends[:, -1]
-    # Blocks that end at or below the target lie before it; u < 1 leaves at least one.
-    block = jnp.minimum((block_ends <= target[:, None]).sum(-1), blocks.shape[1] - 1)
+    block = _first_beyond(sums, block_ends, target)
     before = jnp.where(block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    ends = jnp.cumsum(inside, axis=-1)
-    index = (ends <= (target - before)[:, None]).sum(-1)
-    # Rounding may leave the target at the block's very end: take its last token that has any weight.
-    last = BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=-1)
-    return (block * BLOCK + jnp.minimum(index, last)).astype(jnp.int32)
+    index = _first_beyond(inside, jnp.cumsum(inside, axis=-1), target - before)
+    return (block * BLOCK + index).astype(jnp.int32)
+
+
+def _first_beyond(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax.Array:
+    """Per row, the first index with any weight whose `ends` lies beyond `target`; the last with weight where none does.
+
+    Sums of prefixes are rounded in an order of XLA's choice and need not increase, so an index without weight must be excluded.
+    """
+    found = (ends > target[:, None]) & (weights > 0)
+    last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
+    return jnp.where(found.any(-1), jnp.argmax(found, axis=-1), last)
 
 
 def sample(

@@ -2,6 +2,7 @@
 """A checkpoint's tensors by name, read slice by slice from safetensors or PyTorch files."""
 
 import json
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,14 @@ class _TorchFile:
     def __init__(self, path: str) -> None:
         import torch
 
-        self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         import ml_dtypes
         import torch
 
-        tensor = self._tensors[name][index].contiguous()
+        tensor = self._tensors[name].detach()[index].contiguous()
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
@@ -69,7 +70,9 @@ class Checkpoint:
             try:
                 file = opener(path)
             except Exception as error:  # each reader has its own kinds
-                problems.append(f"{Path(path).name} is missing, corrupt or truncated: {str(error).splitlines()[0]}")
+                problems.append(
+                    f"{Path(path).name} is missing, corrupt or truncated: {(str(error) or type(error).__name__).splitlines()[0]}"
+                )
                 continue
             self._file_of.update(dict.fromkeys(file.shapes, file))
             self.shapes.update(file.shapes)
