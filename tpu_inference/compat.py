@@ -8,6 +8,7 @@
 | `VLLM_XLA_USE_SPMD=1` | `env_override` | else vLLM defaults to one process a device | vLLM lets a platform choose its executor |
 | `DefaultModelLoader._prepare_weights` | `weight_files` | the one place that knows hubs, revisions and which files count | it is public |
 | `ModelRegistry.register_model` with a class never built | `declare_architecture` | vLLM asks a PyTorch class what a model can do | a platform can answer |
+| `get_engine_process_shutdown_timeout` wrapped | `grant_engine_shutdown_grace` | SIGTERM with requests running kills the engine at once, and the server hangs | the grace is not ROCm's alone |
 | logits processor plugins | `unserved_logits_processors` | vLLM drops them silently for TPU | they are served |
 """
 
@@ -68,3 +69,27 @@ def declare_architecture(architecture: str) -> None:
             raise NotImplementedError
 
     ModelRegistry.register_model(architecture, ServedByJax)
+
+
+ENGINE_GRACE_SECONDS = 15.0
+"""For the engine process to tell of aborted requests and to let go of the device, once told to end."""
+
+
+def grant_engine_shutdown_grace() -> None:
+    """Give the engine process time to end before it is killed, as vLLM does for ROCm alone.
+
+    Killed at once, it never reports the requests it aborts: the server waits for their connections for ever, and a TPU may stay held.
+    """
+    from vllm.v1.engine import utils
+
+    original = utils.get_engine_process_shutdown_timeout
+    if getattr(original, "grants_grace", False):
+        return
+
+    def with_grace(request_timeout: float | None, process_timeout: float | None) -> float | None:
+        if request_timeout == 0 and process_timeout == 0:
+            return ENGINE_GRACE_SECONDS
+        return original(request_timeout, process_timeout)
+
+    with_grace.grants_grace = True  # type: ignore[attr-defined]
+    utils.get_engine_process_shutdown_timeout = with_grace
