@@ -9,8 +9,6 @@ from jax.sharding import Mesh
 
 from tpu_inference.layers.common.sharding import MODEL_AXIS
 
-CPU_SCAN_BYTES = 2 * 2**20
-
 
 @dataclass(frozen=True)
 class BuildContext:
@@ -35,15 +33,11 @@ class BuildContext:
         """ "tpu", "cpu", …: from the mesh, so that nothing initializes a backend."""
         return self.mesh.devices.flat[0].platform
 
-    def scans(self, layer_bytes: int) -> bool:
-        """Whether layers of `layer_bytes` of weights each are scanned.
-
-        XLA's CPU backend copies each layer's slice of a stacked weight, so there only small layers are: up to
-        CPU_SCAN_BYTES the copy is lost in the step, and the program compiles in a fraction of the loop's time.
-        """
-        if self.scan_layers is not None:
-            return self.scan_layers
-        return self.platform == "tpu" or layer_bytes <= CPU_SCAN_BYTES
+    @property
+    def scans(self) -> bool:
+        """Whether layers are scanned. XLA's CPU backend copies each layer's slice of a stacked weight, which costs
+        more than the layer itself (benchmarks/results/warm_up.md), so the loop is its default."""
+        return self.platform == "tpu" if self.scan_layers is None else self.scan_layers
 
     @property
     def accumulate_dtype(self) -> Any:

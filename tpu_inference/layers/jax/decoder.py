@@ -12,7 +12,7 @@ from tpu_inference.layers.common.attention import KVCache
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.linear import matmul
-from tpu_inference.layers.common.weights import Source, WeightSpec, bytes_of, leaves, map_specs, padded
+from tpu_inference.layers.common.weights import Source, WeightSpec, map_specs, padded
 from tpu_inference.layers.jax.attention import Attention
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.mlp import GatedMLP
@@ -58,7 +58,7 @@ class Decoder(nnx.Module):
         self.dtype, self.accumulate_dtype = ctx.dtype, ctx.accumulate_dtype
         self.embed = nnx.Param(self._vocab_spec(cfg.names.embed, ctx))
         layer = DecoderLayer(cfg, ctx)
-        self.scans = ctx.scans(sum(map(bytes_of, leaves(nnx.state(layer)))))
+        self.scans = ctx.scans
         if self.scans:
             self.layers = _with_specs(layer, lambda spec: spec.stacked(cfg.num_layers))
         else:
