@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,9 @@ class Metric:
 
 METRICS = (
     Metric("start_cold", "start to first token, cold, s", {"3m": 0.25, "125m": 0.25}, as_speed=False),
+    Metric("start_cold_cpu", "the same, CPU seconds", as_speed=False),
     Metric("start_warm", "start to first token, warm, s", as_speed=False),
+    Metric("start_warm_cpu", "the same, CPU seconds", as_speed=False),
     Metric("decode", "single stream, ms/token", {"3m": 1.2, "125m": 0.8, "0.5b": 0.7}),
     Metric("throughput", "32 x (128 in, 128 out), tokens/s", {"3m": 1.2, "125m": 0.8, "0.5b": 0.7}, higher_is_better=True),
     Metric("prefill", "prefill of 2048 tokens, s", dict.fromkeys(SIZES, 1.0)),
@@ -81,6 +83,7 @@ class Engine:
         threading.Thread(target=self._watch_memory, daemon=True).start()
         self.imports = self._result()["imports"]
         self.start = time.monotonic() - began
+        self.start_cpu = sum(sum(process.cpu_times()[:2]) for process in self._tree())
         # Ours says how long its engine process took until the worker began; theirs does not.
         found = re.search(r"imports and engine +([\d.]+)", log.read_text())
         self.engine_imports = float(found[1]) if found else None
@@ -98,16 +101,14 @@ class Engine:
             self._log.flush()
         raise SystemExit(f"the engine died: see {self._log.name}")
 
-    def _watch_memory(self) -> None:
+    def _tree(self) -> list[psutil.Process]:
         root = psutil.Process(self._process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def _watch_memory(self) -> None:
         while self._process.poll() is None:
-            total = 0
-            try:
-                for process in (root, *root.children(recursive=True)):
-                    total += process.memory_info().rss
-            except psutil.Error:
-                pass
-            self.peak_bytes = max(self.peak_bytes, total)
+            with suppress(psutil.Error):
+                self.peak_bytes = max(self.peak_bytes, sum(process.memory_info().rss for process in self._tree()))
             time.sleep(0.2)
 
     def __enter__(self) -> "Engine":
@@ -128,6 +129,8 @@ def _environment(caches: Path) -> dict[str, str]:
     places = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "VLLM_XLA_CACHE_PATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     env = {name: str(caches / name.lower()) for name in places}
     fixed = {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # By default theirs keeps a core free for the server: on a machine of two it would run on one thread.
+    fixed["VLLM_CPU_NUM_OF_RESERVED_CPU"] = os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     return {**{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}, **env, **fixed}
 
 
@@ -148,24 +151,27 @@ def install_vllm_cpu(venv: Path) -> Path:
     return python
 
 
-def compare(size: str, pythons: dict[str, Path], work: Path, repetitions: int) -> dict[str, dict[str, float]]:
-    """Side -> metric -> value."""
+def compare(
+    size: str, pythons: dict[str, Path], work: Path, repetitions: int, cold_starts: dict[str, dict[str, float]] | None
+) -> dict[str, dict[str, float]]:
+    """Side -> metric -> value. With `cold_starts`, the caches that they left are used as they are."""
     model = make(work / "models", size)
-    values: dict[str, dict[str, float]] = {side: {} for side in SIDES}
+    values: dict[str, dict[str, float]] = {side: dict((cold_starts or {}).get(side, {})) for side in SIDES}
 
     def start(side: str, kind: str) -> Engine:
         engine = Engine(pythons[side], model, size, work / f"{size}-{side}-{kind}.log", work / "caches" / side)
-        values[side][f"start_{kind}"] = engine.start
+        values[side] |= {f"start_{kind}": engine.start, f"start_{kind}_cpu": engine.start_cpu}
         values[side]["imports"] = min(engine.imports, values[side].get("imports", engine.imports))
         if kind == "warm" and engine.engine_imports is not None:
             values[side]["warm_beyond_imports"] = engine.start - engine.imports - engine.engine_imports
-        print(f"{size} {side}: {kind} start {engine.start:.1f} s", flush=True)
+        print(f"{size} {side}: {kind} start {engine.start:.1f} s, {engine.start_cpu:.1f} s of CPU", flush=True)
         return engine
 
-    shutil.rmtree(work / "caches", ignore_errors=True)
-    for side in SIDES:
-        with start(side, "cold"):
-            pass
+    if cold_starts is None:
+        shutil.rmtree(work / "caches", ignore_errors=True)
+        for side in SIDES:
+            with start(side, "cold"):
+                pass
     with ExitStack() as stack:
         engines = {side: stack.enter_context(start(side, "warm")) for side in SIDES}
         for workload in WORKLOADS:
@@ -173,10 +179,10 @@ def compare(size: str, pythons: dict[str, Path], work: Path, repetitions: int) -
             for _ in range(repetitions):
                 for side in SIDES:
                     samples[side].append(engines[side].run(workload))
+                    print(f"{size} {side}: {workload} {samples[side][-1]:.4g}", flush=True)
             best = max if workload == "throughput" else min
             for side in SIDES:
                 values[side][workload] = best(samples[side])
-                print(f"{size} {side}: {workload} {[round(s, 3) for s in samples[side]]}", flush=True)
         for side in SIDES:
             values[side]["peak_gib"] = engines[side].peak_bytes / 2**30
     return values
@@ -239,6 +245,7 @@ def main() -> None:
     parser.add_argument("--venv", type=Path, help="environment of vllm-cpu (default: WORK_DIR/venv)")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["3m", "125m"])
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--warm-only", action="store_true", help="keep the caches and cold starts of the last report")
     args = parser.parse_args()
     work = args.work_dir.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -248,7 +255,7 @@ def main() -> None:
     # Sizes measured on another occasion stay in the report.
     sizes = json.loads(path.read_text())["sizes"] if path.exists() else {}
     for size in args.sizes:
-        sizes[size] = compare(size, pythons, work, args.repetitions)
+        sizes[size] = compare(size, pythons, work, args.repetitions, sizes.get(size) if args.warm_only else None)
         result = {
             "machine": common.cpu(),
             "versions": {side: common.versions(VERSIONS, str(python)) for side, python in pythons.items()},
