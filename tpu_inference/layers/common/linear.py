@@ -12,13 +12,12 @@ def matmul(x: jax.Array, weight: jax.Array, accumulate_dtype: Any) -> jax.Array:
 
     float32 products are exact float32 on every platform (the MXU would otherwise round their inputs to bf16).
     """
-    rows = x.shape[0]
-    # XLA's CPU backend multiplies bf16 natively from two rows on; a single row makes it convert the whole weight.
-    pad = rows == 1 and x.dtype == jnp.bfloat16 and accumulate_dtype == jnp.float32
-    if pad:
-        x = jnp.concatenate([x, x])
+    # XLA's CPU backend multiplies bf16 natively from two rows on; for a single one it would convert the whole weight first, and
+    # a product summed as it is read is the fastest form that it has.
+    if x.shape[0] == 1 and x.dtype == jnp.bfloat16 and accumulate_dtype == jnp.float32:
+        return (weight.astype(jnp.float32) * x.astype(jnp.float32)).sum(1)[None].astype(x.dtype)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     out = jax.lax.dot_general(
         x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=accumulate_dtype
     )
-    return out[:rows].astype(x.dtype)
+    return out.astype(x.dtype)
