@@ -49,7 +49,7 @@ def _change(owner: Any, name: str, value: Any, why: str) -> None:
     before = getattr(owner, name)
     if before != value:
         setattr(owner, name, value)
-        log_once(logger, logging.INFO, "%s: %s -> %s (%s)", name, before, value, why)
+        log_once(logger, logging.INFO, "%s is now %s, not %s: %s", name, value, before, why)
 
 
 class TpuPlatform(Platform):
