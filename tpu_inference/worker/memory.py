@@ -45,9 +45,10 @@ def _cpu_budget() -> int:
             )
         logger.info("KV cache: %s, as VLLM_CPU_KVCACHE_SPACE says", format_bytes(budget))
         return budget
-    budget = int(free * CPU_MEMORY_SHARE)
+    # The number of blocks is part of every compiled program: a budget that moved with the free RAM would find none in the cache.
+    budget = 1 << (int(free * CPU_MEMORY_SHARE).bit_length() - 1)
     logger.info(
-        "KV cache: %s, %.1f %% of the free RAM; set VLLM_CPU_KVCACHE_SPACE (GiB) to change it",
+        "KV cache: %s, up to %.1f %% of the free RAM (a power of two); set VLLM_CPU_KVCACHE_SPACE (GiB) to change it",
         format_bytes(budget),
         100 * CPU_MEMORY_SHARE,
     )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The budget of the KV cache."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.worker import memory
+
+GIB = 2**30
+
+
+def budget(monkeypatch, *, free=20 * GIB, device=None, temporaries=0, **cache):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    config = SimpleNamespace(**{"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.9, **cache})
+    devices = [device or SimpleNamespace(platform="cpu")] * 2
+    return memory.kv_cache_budget(config, devices, 2 * GIB, temporaries)
+
+
+def tpu(limit, in_use):
+    return SimpleNamespace(platform="tpu", memory_stats=lambda: {"bytes_limit": limit, "bytes_in_use": in_use})
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+
+
+def test_the_user_decides(monkeypatch):
+    assert budget(monkeypatch, kv_cache_memory_bytes=12345) == 12345
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert budget(monkeypatch) == 3 * GIB
+
+
+def test_more_than_is_free_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "30")
+    with pytest.raises(TpuInferenceError, match="VLLM_CPU_KVCACHE_SPACE=30.*20.00 GiB of RAM are free"):
+        budget(monkeypatch)
+
+
+@pytest.mark.parametrize("free", [17 * GIB, 20 * GIB, 31 * GIB])
+def test_the_cpus_share_does_not_move_with_the_free_memory(monkeypatch, free):
+    assert budget(monkeypatch, free=free) == 2 * GIB
+
+
+def test_a_tpus_memory_less_what_is_used_and_needed(monkeypatch):
+    left = budget(monkeypatch, device=tpu(10 * GIB, 3 * GIB), temporaries=GIB)
+    assert left == 2 * (int(10 * GIB * 0.9) - 4 * GIB)
+
+
+def test_nothing_left_gives_the_numbers_and_the_flags(monkeypatch):
+    with pytest.raises(TpuInferenceError, match=r"10\.00 GiB HBM.*--tensor-parallel-size"):
+        budget(monkeypatch, device=tpu(10 * GIB, 9 * GIB), temporaries=GIB)
