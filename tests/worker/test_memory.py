@@ -35,7 +35,7 @@ def test_the_user_decides(monkeypatch):
 
 def test_more_than_is_free_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "30")
-    with pytest.raises(TpuInferenceError, match="VLLM_CPU_KVCACHE_SPACE=30.*20.00 GiB of RAM are free"):
+    with pytest.raises(TpuInferenceError, match=r"VLLM_CPU_KVCACHE_SPACE=30.*20\.00 GiB of RAM are free"):
         budget(monkeypatch)
 
 
