@@ -9,11 +9,18 @@
 | `DefaultModelLoader._prepare_weights` | `weight_files` | the one place that knows hubs, revisions and which files count | it is public |
 | `ModelRegistry.register_model` with a class never built | `declare_architecture` | vLLM asks a PyTorch class what a model can do | a platform can answer |
 | `get_engine_process_shutdown_timeout` wrapped | `grant_engine_shutdown_grace` | SIGTERM with requests running kills the engine at once, and the server hangs | the grace is not ROCm's alone |
+| `VLLM_WORKER_MULTIPROC_METHOD` | `choose_start_method` | vLLM forks the engine unless CUDA has started; it does not look at JAX | it asks the platform |
 | logits processor plugins | `unserved_logits_processors` | vLLM drops them silently for TPU | they are served |
 """
 
+import os
+import sys
 from importlib.metadata import entry_points
 from typing import Any
+
+from tpu_inference.logger import init_logger
+
+logger = init_logger(__name__)
 
 
 def quiet_torch_accelerator() -> None:
@@ -69,6 +76,39 @@ def declare_architecture(architecture: str) -> None:
             raise NotImplementedError
 
     ModelRegistry.register_model(architecture, ServedByJax)
+
+
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+def jax_has_started() -> bool:
+    """Whether JAX has a backend, hence threads, in this process; imports nothing."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is not None and bridge.backends_are_initialized()
+
+
+def choose_start_method() -> None:
+    """Leave vLLM's default (fork: the engine has everything imported, and a script needs no main guard) while that is safe.
+
+    A child forked from a process where JAX runs threads inherits their locks for ever: spawn it then, whatever is set.
+    """
+    if os.environ.get(START_METHOD) == "spawn" or not jax_has_started():
+        return
+    if START_METHOD in os.environ:
+        logger.warning(
+            "%s is now spawn, not fork: JAX has started in this process and does not survive a fork", START_METHOD
+        )
+    os.environ[START_METHOD] = "spawn"
+
+
+def keep_torch_to_one_thread_if_forked() -> None:
+    """In an engine that was forked: torch's thread pool, if the parent used it, is not there, and waiting for it would be for ever."""
+    import multiprocessing
+
+    import torch
+
+    if isinstance(multiprocessing.current_process(), multiprocessing.context.ForkProcess):
+        torch.set_num_threads(1)
 
 
 ENGINE_GRACE_SECONDS = 15.0

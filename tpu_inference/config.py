@@ -41,6 +41,10 @@ class TpuConfig:
     scan_layers: bool | None = _setting(
         _bool, "Run repeated layers by one scanned program (default on TPU) or by a loop (default on the CPU)."
     )
+    background_compile: bool | None = _setting(
+        _bool,
+        "Serve as soon as the first programs are compiled, the others follow meanwhile (default on the CPU), or compile all first (default on TPU).",
+    )
 
     @classmethod
     def parse(cls, settings: Any) -> "TpuConfig":

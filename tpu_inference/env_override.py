@@ -20,9 +20,6 @@ class Default(NamedTuple):
 
 
 ALWAYS = (
-    Default(
-        "VLLM_WORKER_MULTIPROC_METHOD", "spawn", "JAX starts threads, and a forked child inherits their locks for ever."
-    ),
     Default("VLLM_USE_V2_MODEL_RUNNER", "0", "It selects between vLLM's own GPU runners; ours replaces both."),
     Default(
         "VLLM_XLA_USE_SPMD",

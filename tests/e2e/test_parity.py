@@ -72,7 +72,14 @@ def test_tensor_parallel(zoo, name, tp):
         check(path, batch, tokens(llm, batch, COUNT))
 
 
-@pytest.mark.parametrize("options", [dict(async_scheduling=False), dict(additional_config={"scan_layers": False})])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(async_scheduling=False),
+        dict(additional_config={"scan_layers": False, "background_compile": False}),
+        dict(additional_config={"scan_layers": True, "background_compile": True}),
+    ],
+)
 def test_other_ways_to_run(zoo, options):
     path = zoo("gemma3")
     batch = prompts(5, seed=3)

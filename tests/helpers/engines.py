@@ -20,9 +20,10 @@ DEFAULTS: dict[str, Any] = dict(
     num_gpu_blocks_override=400,
     skip_tokenizer_init=True,
     disable_log_stats=True,
-    additional_config={"scan_layers": True},
+    additional_config={"scan_layers": True, "background_compile": False},
 )
-"""Prefills are chunked at 16 tokens. Layers are scanned, as on TPU: less to compile; the loop has a test of its own."""
+"""Prefills are chunked at 16 tokens. Layers are scanned and all programs compiled first, as on TPU; the loop, and serving while programs
+compile, have tests of their own."""
 
 
 @contextmanager

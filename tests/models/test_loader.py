@@ -375,7 +375,7 @@ def vllm_config(path, load_format="auto", **changes):
             max_model_len=64,
         ),
         load_config=LoadConfig(load_format=load_format, use_tqdm_on_load=False),
-        additional_config={"scan_layers": False},
+        additional_config={"scan_layers": False, "background_compile": False},
     )
 
 

@@ -12,6 +12,7 @@ from tpu_inference.runner.buckets import (
     CPU_FIRST_TOKENS,
     CPU_GROWTH,
     PREFILL_ROWS,
+    ROW_GROWTH,
     TPU_FIRST_TOKENS,
     TPU_GROWTH,
     Bucket,
@@ -57,7 +58,8 @@ def test_pick_is_the_smallest_bucket_that_holds_the_batch(case):
 def test_buckets_stay_within_the_budget_and_cover_it(plan):
     assert max(b.tokens for b in plan.buckets) == plan.token_sizes[-1]
     assert max(plan.row_sizes) == plan.max_rows
-    assert all(1 <= b.rows <= min(b.tokens, plan.max_rows) for b in plan.buckets)
+    assert all(1 <= b.rows <= plan.max_rows for b in plan.buckets)
+    assert list(plan.buckets) == sorted(plan.buckets)
     assert len(set(plan.buckets)) == len(plan.buckets)
     assert set(plan.row_sizes) == {b.rows for b in plan.buckets}
 
@@ -80,7 +82,7 @@ def test_padding_is_bounded_by_the_growth(on_tpu, max_tokens, max_rows, data):
     assert bucket.tokens < growth * tokens or bucket.tokens <= first
     # A batch of decodes only, where rows are what it pays for.
     decodes = plan.pick(rows, rows)
-    assert decodes.rows < growth * rows or decodes.rows <= max(first, PREFILL_ROWS)
+    assert decodes.rows < growth * ROW_GROWTH * rows or decodes.rows <= max(first, PREFILL_ROWS)
 
 
 @pytest.mark.parametrize(("on_tpu", "mean"), [(True, 1.5), (False, 2.6)])
@@ -95,7 +97,7 @@ def test_mean_padding_of_a_server(on_tpu, mean):
 # vLLM's server starts with 2048 tokens of 256 requests.
 @pytest.mark.parametrize(
     ("max_tokens", "max_rows", "on_tpu", "most"),
-    [(2048, 256, True, 40), (2048, 256, False, 40), (8192, 1024, False, 40), (8192, 1024, True, 45)],
+    [(2048, 256, True, 40), (2048, 256, False, 40), (8192, 1024, False, 40), (8192, 1024, True, 40)],
 )
 def test_few_programs_are_compiled(max_tokens, max_rows, on_tpu, most):
     assert programs(plan_of(max_tokens, max_rows, on_tpu)) <= most
@@ -112,12 +114,12 @@ def test_programs_grow_with_the_logarithm_of_the_budget(max_tokens, max_rows, on
 def test_user_sizes_are_taken():
     plan = BucketPlan.build(100, 10, on_tpu=True, token_sizes=[4, 30, 100])
     assert plan.token_sizes == (4, 30, 100)
-    assert plan.buckets == (Bucket(4, 4), Bucket(30, 8), Bucket(30, 10), Bucket(100, 8), Bucket(100, 10))
+    assert plan.buckets == (Bucket(4, 10), Bucket(30, 8), Bucket(30, 10), Bucket(100, 8), Bucket(100, 10))
     assert plan.pick(5, 9) == Bucket(30, 10)
     assert plan.pick(5, 5) == Bucket(30, 8)
 
 
-@pytest.mark.parametrize("sizes", [[0, 64], [-1, 64], [32], [128], [64, 32], [16, 16, 64], [16, 128]])
+@pytest.mark.parametrize("sizes", [[0, 64], [-1, 64], [32], [128], [64, 32], [16, 16, 64], [16, 128], []])
 def test_user_sizes_are_checked(sizes):
     with pytest.raises(TpuInferenceError, match=r"token_buckets=.*max_num_batched_tokens=64"):
         BucketPlan.build(64, 8, on_tpu=False, token_sizes=sizes)
@@ -136,3 +138,16 @@ def test_geometric(first, growth, more):
 
 def test_buckets_are_named_by_their_size():
     assert str(Bucket(64, 8)) == "64x8"
+
+
+@given(batches())
+def test_what_serving_starts_with_holds_any_batch(case):
+    plan, tokens, rows = case
+    ready = set(plan.first_needed)
+    assert len(ready) <= 4
+    bucket = plan.pick(tokens, rows, ready.__contains__)
+    assert bucket == min(b for b in ready if b.tokens >= tokens and b.rows >= rows)
+
+
+def test_a_server_starts_with_single_stream_decode_and_short_prompts():
+    assert plan_of(2048, 256, False).first_needed == (Bucket(1, 1), Bucket(64, 8), Bucket(64, 64), Bucket(2048, 256))

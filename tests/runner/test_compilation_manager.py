@@ -186,3 +186,54 @@ def test_hits_of_the_persistent_cache_are_counted(tmp_path):
         compilation_cache.reset_cache()
     assert (first.programs, first.cached) == (2, 0)
     assert (second.programs, second.cached) == (3, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- while serving
+
+
+def test_the_rest_compiles_in_the_background():
+    manager = CompilationManager(strict=True)
+    manager.warm_up([case(2)], progress=False)
+    manager.start_serving()
+    with manager.watch():  # strict: another thread's compiling is no stray
+        assert manager.warm_up_in_background([case(2), case(4), case(8)]) == 2
+        manager.wait()
+    assert [manager.has("double", size) for size in (2, 4, 8, 16)] == [True, True, True, False]
+    ones = np.ones(8, np.float32)
+    assert np.asarray(manager.get("double", 8, unexpected)(ones, ones)).tolist() == [3] * 8
+    manager.stop()
+
+
+def test_stopping_waits_for_the_program_at_hand_and_no_more():
+    manager, entered, leave = CompilationManager(strict=True), threading.Event(), threading.Event()
+
+    def slow(x, y):
+        entered.set()
+        assert leave.wait(30)
+        return x
+
+    manager.warm_up_in_background([case(2, "slow", slow), case(4)])
+    assert entered.wait(30)
+    stopper = threading.Thread(target=manager.stop)
+    stopper.start()
+    stopper.join(0.2)
+    assert stopper.is_alive()
+    leave.set()
+    stopper.join(30)
+    assert not stopper.is_alive()
+    assert manager.has("slow", 2) and not manager.has("double", 4)
+
+
+def test_a_failure_in_the_background_is_logged_and_the_rest_goes_on(monkeypatch):
+    logged = []
+    monkeypatch.setattr(compilation_manager.logger, "exception", lambda message, *args: logged.append(message % args))
+
+    def broken(x, y):
+        return x @ jnp.ones((99, 2))
+
+    manager = CompilationManager(strict=True)
+    manager.warm_up_in_background([case(3, "broken", broken), case(4)])
+    manager.wait()
+    assert len(logged) == 1 and "broken[3]" in logged[0]
+    assert manager.has("double", 4) and not manager.has("broken", 3)
+    manager.stop()

@@ -13,7 +13,7 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from tpu_inference import envs, tpu_info
-from tpu_inference.compat import grant_engine_shutdown_grace
+from tpu_inference.compat import choose_start_method, grant_engine_shutdown_grace
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.platforms.checks import SERVED_DTYPES, refuse_unserved
 
@@ -167,6 +167,7 @@ class TpuPlatform(Platform):
         _log_device()  # not earlier: vLLM has set up its logging only now
         refuse_unserved(vllm_config)
         grant_engine_shutdown_grace()
+        choose_start_method()
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
         if parallel.worker_cls == "auto":
             _change(parallel, "worker_cls", WORKER, "the worker of this platform")

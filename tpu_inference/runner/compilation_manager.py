@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ahead-of-time compilation: every program a server can need, compiled before the first request, and a watch on any after."""
 
+import atexit
 import threading
 import time
 import weakref
@@ -51,6 +52,8 @@ class WarmUpReport:
 
     programs: int = 0
     cached: int = 0
+    in_background: int = 0
+    """Programs that compile while serving."""
     seconds: float = 0.0
     slowest: list[tuple[float, str]] = field(default_factory=list)
 
@@ -65,6 +68,8 @@ class CompilationManager:
         self._cache_hits = 0
         self.compiled_while_serving: list[str] = []
         self._watched_thread: int | None = None
+        self._background: threading.Thread | None = None
+        self._stopping = threading.Event()
         # JAX keeps listeners for ever: weakly bound, they keep no engine's programs and parameters alive.
         on_event, on_duration = weakref.WeakMethod(self._on_event), weakref.WeakMethod(self._on_duration)
         jax.monitoring.register_event_listener(lambda *a, **k: (m := on_event()) and m(*a, **k))
@@ -106,6 +111,44 @@ class CompilationManager:
         report.programs, report.cached = len(todo), self._cache_hits - hits
         report.seconds = time.monotonic() - start
         return report
+
+    def has(self, name: str, bucket: Hashable) -> bool:
+        """Whether a program is compiled."""
+        return (name, bucket) in self._programs
+
+    def warm_up_in_background(self, cases: Sequence[CompileCase]) -> int:
+        """Compile in a thread, in order, those of `cases` that are not compiled yet. Returns how many."""
+        todo = [case for case in cases if case.key not in self._programs]
+        # A daemon, stopped at exit: the interpreter would otherwise wait for every program, or end it inside the compiler.
+        self._background = threading.Thread(target=self._compile_each, args=(todo,), name="compile", daemon=True)
+        atexit.register(self.stop)
+        self._background.start()
+        return len(todo)
+
+    def _compile_each(self, cases: Sequence[CompileCase]) -> None:
+        start, hits = time.monotonic(), self._cache_hits
+        for case in cases:
+            if self._stopping.is_set():
+                return
+            try:
+                self._programs[case.key] = case.fn.lower(*case.args).compile()
+            except Exception:
+                logger.exception("Compiling %s failed: larger shapes serve in its place", case)
+        logger.info(
+            "Compiled the other %d programs while serving, %d from the cache, in %.1f s",
+            len(cases), self._cache_hits - hits, time.monotonic() - start,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """Until nothing compiles in the background."""
+        if self._background is not None:
+            self._background.join()
+
+    def stop(self) -> None:
+        """Compile no further program in the background; returns when the one at hand is done."""
+        self._stopping.set()
+        self.wait()
+        atexit.unregister(self.stop)
 
     def start_serving(self) -> None:
         """From here on a compilation is an event to report."""

@@ -88,9 +88,9 @@ class InputBatch:
         out.top_k[n:] = states.vocab_size
         out.seed[:n] = states.seed[slots]
         out.step[:n] = self.num_computed + self.num_tokens
-        masks = self._masks_stops(states)[:, None]
-        out.masked_ids[:n] = np.where(masks, states.masked_ids[slots], states.vocab_size)
-        out.masked_ids[n:] = states.vocab_size
+        out.masked_ids[:] = states.vocab_size
+        masks = np.flatnonzero(self._masks_stops(states))
+        out.masked_ids[masks] = states.masked_ids[slots[masks]]
         return buffer
 
 

@@ -14,6 +14,7 @@ from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.sharding import named_sharding
 from tpu_inference.models.common.interface import ModelFunctions
+from tpu_inference.runner.untouched_zeros import can_leave_untouched, untouched_zeros
 
 
 def kv_cache_specs(model: ModelFunctions, block_size: int, dtype: torch.dtype) -> dict[str, KVCacheSpec]:
@@ -72,6 +73,8 @@ def allocate_kv_cache(abstract: KVCache) -> KVCache:
     """A zeroed cache, each array made where it stays."""
 
     def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
+        if can_leave_untouched(array):
+            return untouched_zeros(array)
         return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()
 
     return KVCache(tuple(zeros(array) for array in abstract.pages), abstract.layout)

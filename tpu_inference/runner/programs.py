@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled programs of a step: forward, sampling, logprobs; each as a `CompileCase` per bucket."""
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -138,14 +139,24 @@ class StepPrograms:
         hidden = self._array((chunk, *self._hidden.shape[1:]), self._hidden.dtype)
         return CompileCase("prompt_logprobs", chunk, fn, (self._model.params, hidden, self._rows(chunk)))
 
-    def cases(self) -> list[CompileCase]:
-        """All programs, small to large."""
+    def cases(self, buckets: Sequence[Bucket] | None = None) -> list[CompileCase]:
+        """All programs that `buckets` (default: every one) need, small to large."""
+        buckets = self._plan.buckets if buckets is None else buckets
         makers = (self.greedy_case, self.sample_case, self.logprobs_case)
         return [
-            *(make(rows) for rows in self._plan.row_sizes for make in makers),
+            *(make(rows) for rows in sorted({bucket.rows for bucket in buckets}) for make in makers),
             self.prompt_logprobs_case(PROMPT_CHUNK),
-            *(self.forward_case(bucket) for bucket in self._plan.buckets),
+            *(self.forward_case(bucket) for bucket in buckets),
         ]
+
+    def first_cases(self) -> list[CompileCase]:
+        """What serving starts with."""
+        return self.cases(self._plan.first_needed)
+
+    def is_ready(self, bucket: Bucket) -> bool:
+        """Whether a step in `bucket` finds all its programs compiled."""
+        has, rows = self._compilation.has, bucket.rows
+        return has("forward", bucket) and has("sample_greedy", rows) and has("sample", rows) and has("logprobs", rows)
 
     # Run time. Each finds the executable of its bucket and calls it.
 

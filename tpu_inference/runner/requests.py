@@ -109,7 +109,8 @@ class RequestStates:
         self.min_tokens[slot] = params.min_tokens
         self.masked_ids[slot] = self.vocab_size
         if params.min_tokens:
-            stops = sorted(params.all_stop_token_ids)
+            # An id that is no token stops nothing, and a negative one would count from the vocabulary's end.
+            stops = sorted(token for token in params.all_stop_token_ids if 0 <= token < self.vocab_size)
             self.masked_ids[slot, : len(stops)] = stops
         self.num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
 

@@ -50,6 +50,6 @@ def format_bytes(num_bytes: int | None) -> str:
     if num_bytes is None:
         return ""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
+        if num_bytes >= size * 0.99999:  # what would print as 1024.00 of the smaller unit
             return f"{num_bytes / size:.2f} {unit}"
     return f"{num_bytes} B"

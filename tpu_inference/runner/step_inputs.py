@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import jax
@@ -37,7 +38,13 @@ class PackedInputs:
     @classmethod
     def _slices(cls, sizes: Sizes) -> list[tuple[str, slice, tuple[int, ...], np.dtype]]:
         """(field, range of words, shape, dtype) of every field, in order."""
-        out, start = [], 0
+        return cls._slices_of(tuple(sizes.items()))
+
+    @classmethod
+    @cache
+    def _slices_of(cls, items: tuple[tuple[str, int], ...]) -> list[tuple[str, slice, tuple[int, ...], np.dtype]]:
+        """Kept: a server has a few sizes, and each step asks."""
+        out, start, sizes = [], 0, dict(items)
         for field in dataclasses.fields(cls):
             shape = tuple(_extent(name, sizes) for name in field.metadata["dims"])
             stop = start + math.prod(shape)

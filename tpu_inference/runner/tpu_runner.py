@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model runner: what vLLM scheduled becomes one step on the device. Orchestration only."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -59,6 +60,10 @@ class TPUModelRunner:
             token_sizes=tpu_config.token_buckets,
         )
         self.compilation = CompilationManager(strict=envs.VLLM_XLA_CHECK_RECOMPILATION)
+        # A second phase of compiling would leave hosts of one program at different shapes, and TPU hosts have the cores to do it at once.
+        background = tpu_config.background_compile
+        self._in_background = not on_tpu if background is None else background
+        self._is_ready: Callable[[Bucket], bool] = lambda _: True
         # Not `model`: vLLM takes an attribute of that name for a torch module.
         self.functions: ModelFunctions
         self.kv_cache: KVCache
@@ -124,12 +129,20 @@ class TPUModelRunner:
         return sum(pages.nbytes for pages in self.kv_cache.pages)
 
     def warm_up(self) -> WarmUpReport:
-        """Compile every program, unless told to compile on first use."""
+        """Compile every program, some of them while serving where that is chosen; none when told to compile on first use."""
         if envs.SKIP_JAX_PRECOMPILE or self.model_config.enforce_eager:
             return WarmUpReport()
-        report = self.compilation.warm_up(self.programs.cases())
+        programs = self.programs
+        report = self.compilation.warm_up(programs.first_cases() if self._in_background else programs.cases())
         self.compilation.start_serving()
+        if self._in_background:
+            self._is_ready = programs.is_ready
+            report.in_background = self.compilation.warm_up_in_background(programs.cases())
         return report
+
+    def shutdown(self) -> None:
+        """Stop what runs beside the steps."""
+        self.compilation.stop()
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run the step up to the logits; `sample_tokens` takes them on. A step without tokens ends here."""
@@ -145,7 +158,7 @@ class TPUModelRunner:
 
     def _forward(self, batch: InputBatch) -> PendingStep:
         states = self.states
-        bucket = self.plan.pick(batch.total_tokens, batch.num_rows)
+        bucket = self.plan.pick(batch.total_tokens, batch.num_rows, self._is_ready)
         buffer = batch.pack(states, bucket, self.programs.sizes(bucket))
         params = self.functions.params
         hidden, logits, sample_slots, self.kv_cache = self.programs.forward(

@@ -18,7 +18,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOu
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from tpu_inference import envs
-from tpu_inference.compat import quiet_torch_accelerator
+from tpu_inference.compat import keep_torch_to_one_thread_if_forked, quiet_torch_accelerator
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.sharding import make_mesh
 from tpu_inference.logger import init_logger
@@ -60,6 +60,7 @@ class TPUWorker(WorkerBase):
 
     def init_device(self) -> None:
         quiet_torch_accelerator()
+        keep_torch_to_one_thread_if_forked()
         parallel = self.parallel_config.tensor_parallel_size
         with self.report.phase("device") as phase:
             detection = detect()
@@ -108,6 +109,8 @@ class TPUWorker(WorkerBase):
         with self.report.phase("warm-up") as phase:
             done = self.model_runner.warm_up()
             phase.note = f"{done.programs} programs, {done.cached} from the cache" if done.programs else "skipped"
+            if done.in_background:
+                phase.note += f"; {done.in_background} more while serving"
         slow = ", ".join(f"{name} {seconds:.1f} s" for seconds, name in done.slowest)
         logger.info("Start-up:\n%s%s", self.report.render(), f"\nslowest to compile: {slow}" if slow else "")
         return CompilationTimes(language_model=done.seconds, encoder=0.0)
@@ -162,7 +165,8 @@ class TPUWorker(WorkerBase):
 
     def shutdown(self) -> None:
         """Nothing outlives the process; arrays go with the runner."""
-        self.__dict__.pop("model_runner", None)
+        if runner := self.__dict__.pop("model_runner", None):
+            runner.shutdown()
 
 
 def _make_virtual_devices(count: int) -> None:

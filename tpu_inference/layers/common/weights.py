@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from tpu_inference.layers.common.sharding import LogicalAxes, named_sharding
 
@@ -56,8 +55,6 @@ class WeightSpec:
     pieces: tuple[Piece, ...]
     axis: int = 0
     """The dimension the pieces are laid along; the others equal the checkpoint's."""
-    transposed: bool = False
-    """Stored on the device with its two dimensions swapped."""
     layers: int | None = None
     """Layers stacked in front, for scanned layers; the source names then contain "{layer}"."""
     layer: int | None = None
@@ -70,23 +67,14 @@ class WeightSpec:
         assert total == self.shape[self.axis], (total, self.shape, self.axis)
 
     @property
-    def layer_shape(self) -> tuple[int, ...]:
-        """Shape on the device, without the stacked dimension."""
-        return self.shape[::-1] if self.transposed else self.shape
-
-    @property
-    def layer_axes(self) -> tuple[str | None, ...]:
-        return self.axes[::-1] if self.transposed else self.axes
-
-    @property
     def device_shape(self) -> tuple[int, ...]:
         stacked = () if self.layers is None else (self.layers,)
-        return stacked + self.layer_shape
+        return stacked + self.shape
 
     @property
     def device_axes(self) -> LogicalAxes:
         stacked = () if self.layers is None else ("layers",)
-        return stacked + self.layer_axes
+        return stacked + self.axes
 
     @property
     def layer_indices(self) -> Sequence[int | None]:
@@ -146,8 +134,3 @@ def map_specs(fn: Callable[[WeightSpec], Any], tree: Any) -> Any:
 def leaves(tree: Any) -> list[WeightSpec]:
     """All specs of a tree."""
     return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, WeightSpec))
-
-
-def bytes_of(spec: WeightSpec) -> int:
-    """Bytes of the whole array, over all shards."""
-    return int(np.prod(spec.device_shape)) * np.dtype(spec.dtype).itemsize

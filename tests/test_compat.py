@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the engine's process is started."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tpu_inference import compat
+
+SCRIPT = """
+import torch
+from vllm import LLM, SamplingParams
+from tpu_inference.demo import MODEL
+
+torch.set_num_threads(2)
+(torch.ones(1000, 1000) @ torch.ones(1000, 1000)).sum()  # the parent's thread pool has worked
+llm = LLM(MODEL, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=128, num_gpu_blocks_override=20, dtype="float32")
+print("ANSWER", llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids)
+"""
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """`set(value)` sets the variable or, with None, takes it away; it is as before after the test."""
+    monkeypatch.setenv(compat.START_METHOD, "fork")
+
+    def set_to(value):
+        monkeypatch.delenv(compat.START_METHOD) if value is None else monkeypatch.setenv(compat.START_METHOD, value)
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("started", "before", "after", "warns"),
+    [
+        (False, None, None, False),
+        (False, "fork", "fork", False),
+        (False, "spawn", "spawn", False),
+        (True, None, "spawn", False),
+        (True, "fork", "spawn", True),
+        (True, "spawn", "spawn", False),
+    ],
+)
+def test_no_fork_once_jax_has_started(monkeypatch, environment, started, before, after, warns):
+    logged = []
+    monkeypatch.setattr(compat.logger, "warning", lambda *args: logged.append(args))
+    monkeypatch.setattr(compat, "jax_has_started", lambda: started)
+    environment(before)
+    compat.choose_start_method()
+    assert os.environ.get(compat.START_METHOD) == after
+    assert bool(logged) == warns
+
+
+def test_jax_has_started_is_seen():
+    code = "from tpu_inference.compat import jax_has_started as s; a = s(); import jax; b = s(); jax.devices(); print(a, b, s())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
+        "False", "False", "True",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_script_without_a_main_guard(tmp_path):
+    """vLLM forks the engine by default, and its users' scripts count on it."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    env = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", compat.START_METHOD)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=180)
+    assert done.stdout.count("ANSWER") == 1, done.stdout + done.stderr
