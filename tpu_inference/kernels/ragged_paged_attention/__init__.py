@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a ragged batch over a paged KV cache, with the cache write."""
 
-from tpu_inference.kernels.ragged_paged_attention.api import ragged_paged_attention
+from tpu_inference.kernels.ragged_paged_attention.api import implementation_for, ragged_paged_attention
 from tpu_inference.kernels.ragged_paged_attention.pages import KV_PAGES_AXES, kv_pages_shape, storage_dtype
 
-__all__ = ["KV_PAGES_AXES", "kv_pages_shape", "ragged_paged_attention", "storage_dtype"]
+__all__ = ["KV_PAGES_AXES", "implementation_for", "kv_pages_shape", "ragged_paged_attention", "storage_dtype"]

@@ -4,13 +4,23 @@
 from typing import Literal
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.ragged_paged_attention.pages import write_kv
+from tpu_inference.kernels.ragged_paged_attention.pallas import attention_pallas, misfit
 from tpu_inference.kernels.ragged_paged_attention.reference import attend_reference
 from tpu_inference.kernels.ragged_paged_attention.xla import attend_xla
 
-Implementation = Literal["xla", "reference"]
-_IMPLEMENTATIONS = {"xla": attend_xla, "reference": attend_reference}
+Implementation = Literal["pallas", "pallas_interpret", "xla", "reference"]
+_AFTER_WRITING = {"xla": attend_xla, "reference": attend_reference}
+_INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
+NO_PALLAS = ("TPU v2", "TPU v3")
+"""Device kinds that the kernels are not compiled for."""
+
+
+def implementation_for(device: jax.Device) -> Implementation:
+    """The form that a kind of device runs."""
+    return "pallas" if device.platform == "tpu" and not device.device_kind.startswith(NO_PALLAS) else "xla"
 
 
 def ragged_paged_attention(
@@ -26,7 +36,7 @@ def ragged_paged_attention(
     scale: float,
     soft_cap: float | None = None,
     sliding_window: int | jax.Array | None = None,
-    implementation: Implementation | None = None,
+    implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """Write this step's K and V to their pages, then attend causally over each row's whole context.
 
@@ -41,7 +51,8 @@ def ragged_paged_attention(
         scale: factor on the scores.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         sliding_window: tokens that a query sees, itself included; None or <= 0 for all.
-        implementation: "xla" | "reference" | None, which picks for the platform.
+        implementation: "pallas" (TPU; rows of one token come before rows of more), "pallas_interpret" (the same kernels interpreted, on any
+            device), "xla", "reference". "pallas" takes the XLA form for shapes that its kernels do not serve (`pallas.misfit`).
 
     Returns:
         (output [T, num_heads, head_dim] in q's dtype, the updated pages). Rows of padding are unspecified but finite.
@@ -54,14 +65,14 @@ def ragged_paged_attention(
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} are not tokens x heads x head_dim of one GQA layer")
     if pages.shape[1:3] != (2, num_kv_heads) or pages.shape[4] != q.shape[2]:
         raise ValueError(f"pages {pages.shape} do not hold {num_kv_heads} KV heads of {q.shape[2]}")
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is none of {sorted(_IMPLEMENTATIONS)}")
+    if implementation not in (*_AFTER_WRITING, *_INTERPRET):
+        raise ValueError(f"implementation={implementation!r} is none of {sorted((*_AFTER_WRITING, *_INTERPRET))}")
     if isinstance(sliding_window, int) and sliding_window <= 0:
         sliding_window = None
-    pages = write_kv(k, v, pages, block_tables, seq_lens, query_start_loc, page_offset)
-    attend = _IMPLEMENTATIONS[implementation or "xla"]
-    out = attend(
-        q, pages, block_tables, seq_lens, query_start_loc, page_offset,
-        scale=scale, soft_cap=soft_cap, sliding_window=sliding_window,
-    )  # fmt: skip
+    options = dict(scale=scale, soft_cap=soft_cap, sliding_window=sliding_window)
+    tables = (block_tables, seq_lens, query_start_loc, page_offset)
+    if implementation in _INTERPRET and misfit(num_heads, pages) is None:
+        return attention_pallas(q, k, v, pages, *tables, **options, interpret=_INTERPRET[implementation])
+    pages = write_kv(k, v, pages, *tables)
+    out = _AFTER_WRITING.get(implementation, attend_xla)(q, pages, *tables, **options)
     return out.astype(q.dtype), pages

@@ -7,7 +7,11 @@ from functools import partial
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, ragged_paged_attention
+from tpu_inference.kernels.ragged_paged_attention import (
+    KV_PAGES_AXES,
+    implementation_for,
+    ragged_paged_attention,
+)
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.sharding import spec
 
@@ -84,6 +88,7 @@ def attention(
         return ragged_paged_attention(
             q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset,
             scale=scale, soft_cap=soft_cap, sliding_window=window,
+            implementation=implementation_for(mesh.devices.flat[0]),
         )  # fmt: skip
 
     if mesh.size > 1:

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the Pallas kernels are blocked."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpu_inference.kernels.ragged_paged_attention import implementation_for, kv_pages_shape, pallas
+
+
+class Device:
+    def __init__(self, platform, device_kind):
+        self.platform, self.device_kind = platform, device_kind
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "form"),
+    [("cpu", "cpu", "xla"), ("tpu", "TPU v6 lite", "pallas"), ("tpu", "TPU7x", "pallas"), ("tpu", "TPU v3", "xla")],
+)
+def test_the_device_decides_the_form(platform, kind, form):
+    assert implementation_for(Device(platform, kind)) == form
+
+
+@given(
+    kv_heads=st.integers(1, 64), group=st.integers(1, 16), head_dim=st.sampled_from([128, 256]),
+    page_size=st.sampled_from([16, 32, 64, 128, 256]), table=st.integers(1, 600),
+    dtype=st.sampled_from([jnp.bfloat16, jnp.float32]),
+)  # fmt: skip
+def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_size, table, dtype):
+    pages = jax.ShapeDtypeStruct(kv_pages_shape(8, page_size, kv_heads, head_dim, dtype), dtype)
+    if pallas.misfit(kv_heads * group, pages):
+        return
+    page = 2 * kv_heads * page_size * head_dim * pages.dtype.itemsize
+    decode = pallas.decode_config(pages, table)
+    assert 1 <= decode.pages_per_item <= table
+    assert decode.items * decode.stages * decode.pages_per_item * page <= pallas.VMEM_BYTES
+    prefill = pallas.prefill_config(pages, table, kv_heads * group)
+    assert 1 <= prefill.pages_per_chunk <= table
+    assert prefill.block_tokens % 16 == 0
+    assert 2 * prefill.pages_per_chunk * page <= pallas.VMEM_BYTES
