@@ -122,6 +122,7 @@ def main() -> None:
         llm = LLM(
             make_model(Path(directory)), load_format="dummy", dtype="float32", skip_tokenizer_init=True, max_model_len=2048,
             max_num_seqs=256, max_num_batched_tokens=512, num_gpu_blocks_override=4096, enable_prefix_caching=False,
+            additional_config={"background_compile": False},
         )  # fmt: skip
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     profile = cProfile.Profile() if args.profile else None

@@ -48,17 +48,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)),
 }
 """Name -> (class of transformers' config, what differs from the common shape)."""
-MANY_HEADS = dict(num_attention_heads=8, num_key_value_heads=2)
-"""What "NAME@8" has instead: vLLM wants query heads that tensor parallelism divides."""
+VARIANTS = {"": {}, "8": dict(num_attention_heads=8, num_key_value_heads=2), "d128": dict(head_dim=128)}
+"""What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants; a head dim that the Pallas kernels serve."""
 
 
 def build(name: str) -> torch.nn.Module:
     """A float32 model with random weights, scaled so that greedy decoding wanders."""
     import transformers
 
-    name, _, many_heads = name.partition("@")
+    name, _, variant = name.partition("@")
     kind, extra = FAMILIES[name]
-    fields = {**_COMMON, **extra, **(MANY_HEADS if many_heads else {})}
+    fields = {**_COMMON, **extra, **VARIANTS[variant]}
     if name.startswith("qwen2") or name == "phi3":
         fields.pop("head_dim")
     torch.manual_seed(len(name))
