@@ -22,7 +22,7 @@ LAYERS = (16, 80)
 WIDTHS = (64, 256)
 """Hidden sizes for scan against loop; the MLP is three times as wide."""
 # vLLM's defaults for `vllm serve`: (max_num_batched_tokens, max_num_seqs) by chip; see `EngineArgs.get_batch_defaults`.
-SERVER_DEFAULTS = {"cpu": (2048, 256), "v5e": (512, 256), "v5p": (256, 256), "v6e": (1024, 256)}
+SERVER_DEFAULTS = {"cpu": (2048, 256), "v5e": (512, 256), "v5p": (256, 256), "v6e": (1024, 256), "tpu7x": (8192, 1024)}
 SMALL = (8, 4)
 """Batch limits for scan against loop: only a few programs matter there."""
 
