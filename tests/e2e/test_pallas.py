@@ -6,6 +6,7 @@ import pytest
 from helpers import tiny_models
 from helpers.engines import engine, tokens
 from tpu_inference.layers.common import attention
+from tpu_inference.runner import tpu_runner
 
 pytestmark = [pytest.mark.slow, pytest.mark.interpret]
 
@@ -19,3 +20,11 @@ def test_greedy_tokens_equal_transformers(zoo, monkeypatch):
         found = tokens(llm, prompts, 12)
     assert found == [tiny_models.greedy(path, prompt, 12) for prompt in prompts]
     assert len(set(found[0])) > 4
+
+
+def test_what_the_kernels_do_not_serve_is_warned_of(zoo, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(tpu_runner, "implementation_for", lambda device: "pallas")
+    monkeypatch.setattr(tpu_runner.logger, "warning", lambda message, *args: warnings.append(message % args))
+    with engine(zoo("llama"), enforce_eager=True):
+        assert any("head_dim 80" in warning for warning in warnings)

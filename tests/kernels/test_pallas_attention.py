@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from helpers.ragged_batches import MAX_ROWS, MAX_TOKENS, NUM_BLOCKS, TABLE, make_batch
-from tpu_inference.kernels.ragged_paged_attention import api, kv_pages_shape, pallas, ragged_paged_attention
+from tpu_inference.kernels.ragged_paged_attention import api, pallas, ragged_paged_attention
 from tpu_inference.kernels.ragged_paged_attention.decode import DecodeConfig
 from tpu_inference.kernels.ragged_paged_attention.prefill import PrefillConfig
 
@@ -122,13 +122,3 @@ def test_a_layer_of_a_flat_pool_touches_only_its_pages():
     before, mine, after = np.split(np.asarray(pool), 3)
     np.testing.assert_array_equal(mine, expected_pages)
     assert (before == 0).all() and (after == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "page_size", "kv_heads", "reason"),
-    [(64, 16, 2, "head_dim 64"), (128, 8, 2, "page_size 8"), (256, 256, 64, "VMEM"), (128, 16, 2, None)],
-)
-def test_what_the_kernels_do_not_serve_is_said(head_dim, page_size, kv_heads, reason):
-    shape = kv_pages_shape(4, page_size, kv_heads, head_dim, jnp.bfloat16)
-    said = pallas.misfit(kv_heads, jax.ShapeDtypeStruct(shape, jnp.bfloat16))
-    assert said is None if reason is None else reason in said

@@ -30,7 +30,7 @@ def test_the_device_decides_the_form(platform, kind, form):
 )  # fmt: skip
 def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_size, table, dtype):
     pages = jax.ShapeDtypeStruct(kv_pages_shape(8, page_size, kv_heads, head_dim, dtype), dtype)
-    if pallas.misfit(kv_heads * group, pages):
+    if pallas.misfit(pages, jax.ShapeDtypeStruct((8, table), jnp.int32)):
         return
     page = 2 * kv_heads * page_size * head_dim * pages.dtype.itemsize
     decode = pallas.decode_config(pages, table)
@@ -40,3 +40,19 @@ def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_
     assert 1 <= prefill.pages_per_chunk <= table
     assert prefill.block_tokens % 16 == 0
     assert 2 * prefill.pages_per_chunk * page <= pallas.VMEM_BYTES
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "kv_heads", "table", "reason"),
+    [
+        (64, 16, 2, 10, "head_dim 64"),
+        (128, 8, 2, 10, "page_size 8"),
+        (256, 256, 64, 10, "VMEM"),
+        (128, 128, 2, 1025, "SMEM"),
+        (128, 16, 2, 10, None),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_said(head_dim, page_size, kv_heads, table, reason):
+    shape = kv_pages_shape(4, page_size, kv_heads, head_dim, jnp.bfloat16)
+    said = pallas.misfit(jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((1024, table), jnp.int32))
+    assert said is None if reason is None else reason in said

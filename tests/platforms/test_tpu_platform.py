@@ -46,7 +46,7 @@ def test_the_users_block_size_stays():
 
 @pytest.mark.parametrize(
     ("max_model_len", "platform", "size"),
-    [(100, "tpu", 16), (4096, "tpu", 32), (10**6, "tpu", 256), (10**6, "cpu", 16)],
+    [(100, "tpu", 64), (4096, "tpu", 128), (10**6, "tpu", 256), (10**6, "cpu", 16)],
 )
 def test_default_block_size(max_model_len, platform, size):
     assert default_block_size(max_model_len, platform) == size

@@ -15,7 +15,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors, ModelRun
 from tpu_inference import envs
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.ragged_paged_attention import implementation_for, misfit
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
+from tpu_inference.logger import init_logger
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.models.common.vllm_loader import load_model
 from tpu_inference.runner.async_output import AsyncOutput
@@ -32,6 +34,8 @@ from tpu_inference.runner.kv_cache_manager import (
 from tpu_inference.runner.programs import StepPrograms
 from tpu_inference.runner.prompt_logprobs import PromptLogprobs
 from tpu_inference.runner.requests import RequestStates
+
+logger = init_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class TPUModelRunner:
             config, [layer.name for layer in self.functions.layers], flat=self.functions.flat_kv
         )
         num_groups = len(config.kv_cache_groups)
+        self._say_if_attention_is_slow(layout)
         self.programs = self._make_programs(layout, num_groups, self.compilation)
         self.kv_cache = allocate_kv_cache(
             abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh)
@@ -127,6 +132,15 @@ class TPUModelRunner:
             seed=self.model_config.seed,
         )
         return sum(pages.nbytes for pages in self.kv_cache.pages)
+
+    def _say_if_attention_is_slow(self, layout: KVCacheLayout) -> None:
+        cache = abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh)
+        shard = cache.pages[0].sharding.shard_shape(cache.pages[0].shape)
+        pages = jax.ShapeDtypeStruct(shard, cache.pages[0].dtype)
+        tables = jax.ShapeDtypeStruct((self.plan.max_rows, self.max_blocks), np.int32)
+        on_pallas = implementation_for(self.mesh.devices.flat[0]) == "pallas"
+        if on_pallas and (reason := misfit(pages, tables)):
+            logger.warning("Attention runs in its XLA form, much slower than the TPU kernels: %s", reason)
 
     def warm_up(self) -> WarmUpReport:
         """Compile every program, some of them while serving where that is chosen; none when told to compile on first use."""

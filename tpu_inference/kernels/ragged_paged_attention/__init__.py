@@ -3,5 +3,6 @@
 
 from tpu_inference.kernels.ragged_paged_attention.api import implementation_for, ragged_paged_attention
 from tpu_inference.kernels.ragged_paged_attention.pages import KV_PAGES_AXES, kv_pages_shape, storage_dtype
+from tpu_inference.kernels.ragged_paged_attention.pallas import misfit
 
-__all__ = ["KV_PAGES_AXES", "implementation_for", "kv_pages_shape", "ragged_paged_attention", "storage_dtype"]
+__all__ = ["KV_PAGES_AXES", "implementation_for", "kv_pages_shape", "misfit", "ragged_paged_attention", "storage_dtype"]

@@ -71,7 +71,7 @@ def ragged_paged_attention(
         sliding_window = None
     options = dict(scale=scale, soft_cap=soft_cap, sliding_window=sliding_window)
     tables = (block_tables, seq_lens, query_start_loc, page_offset)
-    if implementation in _INTERPRET and misfit(num_heads, pages) is None:
+    if implementation in _INTERPRET and misfit(pages, block_tables) is None:
         return attention_pallas(q, k, v, pages, *tables, **options, interpret=_INTERPRET[implementation])
     pages = write_kv(k, v, pages, *tables)
     out = _AFTER_WRITING.get(implementation, attend_xla)(q, pages, *tables, **options)

@@ -16,6 +16,10 @@ VMEM_BYTES = 12 * 2**20
 """Of the 16 MiB that a kernel gets by default on the smallest chip; the rest is for what the compiler keeps."""
 
 
+SMEM_BYTES = 3 * 2**18
+"""Of the 1 MiB where block tables lie while a kernel runs."""
+
+
 def _pages_within(tokens: int, page_size: int) -> int:
     return max(tokens // page_size, 1)
 
@@ -41,7 +45,7 @@ def prefill_config(pages: Any, table_width: int, num_heads: int) -> PrefillConfi
     return PrefillConfig(block, per_chunk)
 
 
-def misfit(num_heads: int, pages: Any) -> str | None:
+def misfit(pages: Any, block_tables: Any) -> str | None:
     """Why the kernels do not serve these shapes; None where they do."""
     _, _, heads, page_size, head_dim = pages.shape
     itemsize = jnp.dtype(pages.dtype).itemsize
@@ -53,6 +57,9 @@ def misfit(num_heads: int, pages: Any) -> str | None:
         )
     if STAGES * 2 * heads * page_size * head_dim * itemsize > VMEM_BYTES:
         return f"{STAGES} pages of {heads} KV heads, {page_size} tokens and {head_dim} dimensions do not fit into VMEM"
+    if block_tables.size * 4 > SMEM_BYTES:
+        rows, width = block_tables.shape
+        return f"block tables of {rows} rows and {width} pages do not fit into SMEM"
     return None
 
 
