@@ -11,6 +11,7 @@ from tpu_inference.runner.startup_report import Phase, StartupReport, format_byt
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
     [
+        (2**20 - 1, "1.00 MiB"),
         (None, ""),
         (0, "0 B"),
         (1023, "1023 B"),

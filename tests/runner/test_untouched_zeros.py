@@ -7,7 +7,9 @@ import numpy as np
 import psutil
 import pytest
 
+from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.sharding import make_mesh, named_sharding
+from tpu_inference.runner import kv_cache_manager
 from tpu_inference.runner.untouched_zeros import MIN_BYTES, can_leave_untouched, untouched_zeros
 
 AXES = ("pages", None, "kv_heads", None)
@@ -51,3 +53,16 @@ def test_small_arrays_are_left_to_jax():
     assert can_leave_untouched(abstract(MIN_BYTES, dtype=jnp.uint8))
     assert not can_leave_untouched(abstract(MIN_BYTES - 1, dtype=jnp.uint8))
     assert not can_leave_untouched(abstract(4, 1, 8, MIN_BYTES // 8, dtype=jnp.uint8, devices=8))
+
+
+def test_where_it_fails_the_cache_is_written_and_a_warning_says_so(monkeypatch):
+    def fail(_):
+        raise OSError(22, "madvise")
+
+    logged = []
+    monkeypatch.setattr(kv_cache_manager, "untouched_zeros", fail)
+    monkeypatch.setattr(kv_cache_manager, "log_once", lambda _, level, message, *args: logged.append(message % args))
+    wanted = abstract(2 * MIN_BYTES, dtype=jnp.uint8)
+    (array,) = kv_cache_manager.allocate_kv_cache(KVCache((wanted,), KVCacheLayout((0,), (0,), 1, False))).pages
+    assert array.shape == wanted.shape and not np.asarray(array).any()
+    assert len(logged) == 1 and "madvise" in logged[0]

@@ -136,7 +136,7 @@ class CompilationManager:
                 logger.exception("Compiling %s failed: larger shapes serve in its place", case)
         logger.info(
             "Compiled the other %d programs while serving, %d from the cache, in %.1f s",
-            len(cases), self._cache_hits - hits, time.monotonic() - start,
+            sum(case.key in self._programs for case in cases), self._cache_hits - hits, time.monotonic() - start,
         )  # fmt: skip
 
     def wait(self) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the model's layers to vLLM's KV cache specs, and from vLLM's decision back to arrays on the device."""
 
+import logging
 from collections.abc import Sequence
 
 import jax
@@ -13,8 +14,11 @@ from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.sharding import named_sharding
+from tpu_inference.logger import init_logger, log_once
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.runner.untouched_zeros import can_leave_untouched, untouched_zeros
+
+logger = init_logger(__name__)
 
 
 def kv_cache_specs(model: ModelFunctions, block_size: int, dtype: torch.dtype) -> dict[str, KVCacheSpec]:
@@ -74,7 +78,11 @@ def allocate_kv_cache(abstract: KVCache) -> KVCache:
 
     def zeros(array: jax.ShapeDtypeStruct) -> jax.Array:
         if can_leave_untouched(array):
-            return untouched_zeros(array)
+            try:
+                return untouched_zeros(array)
+            except (OSError, RuntimeError, ValueError) as error:  # another jaxlib's interface; memory that is locked
+                message = "The KV cache takes all of its memory at once: pages could not be left untouched (%s)"
+                log_once(logger, logging.WARNING, message, error)
         return jax.jit(lambda: jnp.zeros(array.shape, array.dtype), out_shardings=array.sharding)()
 
     return KVCache(tuple(zeros(array) for array in abstract.pages), abstract.layout)

@@ -140,7 +140,10 @@ class TPUModelRunner:
         tables = jax.ShapeDtypeStruct((self.plan.max_rows, self.max_blocks), np.int32)
         on_pallas = implementation_for(self.mesh.devices.flat[0]) == "pallas"
         if on_pallas and (reason := misfit(pages, tables)):
-            logger.warning("Attention runs in its XLA form, much slower than the TPU kernels: %s", reason)
+            logger.warning(
+                "Attention runs in its XLA form, much slower than the TPU kernels: %s. Unless it is the head dim, try --block-size 128, "
+                "a shorter --max-model-len or a lower --max-num-seqs.", reason,
+            )  # fmt: skip
 
     def warm_up(self) -> WarmUpReport:
         """Compile every program, some of them while serving where that is chosen; none when told to compile on first use."""

@@ -15,11 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-MASKED = -1e30
-FLOOR = -1e29
-"""Of a running maximum: far above MASKED, so that exp(MASKED - maximum) is 0 even where all is masked."""
-NO_WINDOW = 2**30
-LANES = 128
+from tpu_inference.kernels.ragged_paged_attention.paged import FLOOR, LANES, MASKED, PagedShape, page_copies, sublanes
 
 
 @dataclass(frozen=True)
@@ -32,42 +28,9 @@ class DecodeConfig:
     stages: int
     """Of `items` slots each; one is computed while the DMAs of the others are in flight."""
 
-
-@dataclass(frozen=True)
-class _Shape:
-    """What is static about a call."""
-
-    num_heads: int
-    num_kv_heads: int
-    page_size: int
-    head_dim: int
-    num_rows: int
-    table_width: int
-    scale: float
-    soft_cap: float | None
-    config: DecodeConfig
-    dtype: Any
-
-    @property
-    def item_tokens(self) -> int:
-        return self.config.pages_per_item * self.page_size
-
     @property
     def slots(self) -> int:
-        return self.config.items * self.config.stages
-
-    @property
-    def tile(self) -> int:
-        """Tokens that share a tile of memory: the least that can be written back."""
-        return 8 * 4 // jnp.dtype(self.dtype).itemsize
-
-    def table_index(self, row: Any, index: Any) -> Any:
-        """Where the table holds a row's page; somewhere in it past the end of rows or of a row's pages."""
-        return jnp.minimum(row * self.table_width + index, self.num_rows * self.table_width - 1)
-
-    @property
-    def precision(self) -> Any:
-        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        return self.items * self.stages
 
 
 @dataclass
@@ -85,8 +48,9 @@ class _Item:
 class _Decode:
     """The kernel's body, in stages; one instance a trace."""
 
-    def __init__(self, shape: _Shape, refs: dict[str, Any]) -> None:
+    def __init__(self, shape: PagedShape, refs: dict[str, Any]) -> None:
         self.shape, self.config = shape, shape.config
+        self.item_tokens, self.tile = self.config.pages_per_item * shape.page_size, sublanes(shape.dtype)
         self.__dict__.update(refs)
         self.num_decodes, _, self.page_offset, self.window = (self.scalars[i] for i in range(4))
 
@@ -95,11 +59,11 @@ class _Decode:
     def at(self, row: Any, chunk: Any) -> _Item:
         shape = self.shape
         seq_len = self.seq_lens[jnp.minimum(row, shape.num_rows - 1)]
-        last = jax.lax.div(seq_len - 1, shape.item_tokens)
+        last = jax.lax.div(seq_len - 1, self.item_tokens)
         return _Item(row, chunk, seq_len, self._first_chunk(seq_len), last, row < self.num_decodes)
 
     def _first_chunk(self, seq_len: Any) -> Any:
-        return jax.lax.div(jnp.maximum(seq_len - self.window, 0), self.shape.item_tokens)
+        return jax.lax.div(jnp.maximum(seq_len - self.window, 0), self.item_tokens)
 
     def after(self, item: _Item) -> tuple[Any, Any]:
         """(row, chunk) of the next item."""
@@ -111,20 +75,8 @@ class _Decode:
     # DMAs.
 
     def _page_copies(self, item: _Item, slot: Any) -> list[tuple[Any, Any]]:
-        """(whether it is there, its copy) of every page of an item."""
-        shape, out = self.shape, []
-        for j in range(self.config.pages_per_item):
-            index = item.chunk * self.config.pages_per_item + j
-            there = item.valid & (index * shape.page_size < item.seq_len)
-            page = self.tables[shape.table_index(item.row, index)] + self.page_offset
-            tokens = pl.ds(j * shape.page_size, shape.page_size)
-            out.append(
-                (
-                    there,
-                    pltpu.make_async_copy(self.pages.at[page], self.kv.at[slot, :, :, tokens], self.kv_sem.at[slot]),
-                )
-            )
-        return out
+        end = jnp.where(item.valid, item.seq_len, 0)
+        return page_copies(self, item.row, item.chunk, self.config.pages_per_item, end, slot)
 
     def _row_copies(self, item: _Item, slot: Any) -> list[Any]:
         """The row's query, and the token's K and V."""
@@ -150,7 +102,7 @@ class _Decode:
             for copy in self._row_copies(item, slot):
                 copy.wait()
 
-        whole = item.valid & ((item.chunk + 1) * self.shape.item_tokens <= item.seq_len)
+        whole = item.valid & ((item.chunk + 1) * self.item_tokens <= item.seq_len)
 
         @pl.when(whole)
         def _() -> None:  # all pages together: a wait counts bytes
@@ -169,9 +121,9 @@ class _Decode:
         shape = self.shape
         position = item.seq_len - 1
         index = jax.lax.div(position, shape.page_size)
-        page = self.tables[item.row * shape.table_width + index] + self.page_offset
-        inside = jax.lax.div(position - index * shape.page_size, shape.tile) * shape.tile
-        target = self.pages.at[page, :, :, pl.ds(pl.multiple_of(inside, shape.tile), shape.tile)]
+        page = self.tables[shape.table_index(item.row, index)] + self.page_offset
+        inside = jax.lax.div(position - index * shape.page_size, self.tile) * self.tile
+        target = self.pages.at[page, :, :, pl.ds(pl.multiple_of(inside, self.tile), self.tile)]
         return pltpu.make_async_copy(self.tile_stage.at[slot], target, self.tile_sem.at[slot])
 
     def release(self, slot: Any) -> None:
@@ -188,24 +140,23 @@ class _Decode:
     def insert(self, item: _Item, slot: Any) -> None:
         """Put the new token into the item's K and V, and into the tile that goes back to its page."""
         shape = self.shape
-        inside = jnp.clip(item.seq_len - 1 - item.chunk * shape.item_tokens, 0, shape.item_tokens - 1)
-        start = pl.multiple_of(jax.lax.div(inside, shape.tile) * shape.tile, shape.tile)
+        inside = jnp.clip(item.seq_len - 1 - item.chunk * self.item_tokens, 0, self.item_tokens - 1)
+        start = pl.multiple_of(jax.lax.div(inside, self.tile) * self.tile, self.tile)
         here = jnp.where(item.valid & (item.chunk == item.last), inside - start, -1)
-        mine = jax.lax.broadcasted_iota(jnp.int32, (shape.tile, shape.head_dim), 0) == here
+        mine = jax.lax.broadcasted_iota(jnp.int32, (self.tile, shape.head_dim), 0) == here
         for which, new in enumerate((self.k, self.v)):
             rows = new[slot].astype(jnp.float32)
             for head in range(shape.num_kv_heads):
-                old = self.kv[slot, which, head, pl.ds(start, shape.tile)]
+                old = self.kv[slot, which, head, pl.ds(start, self.tile)]
                 tile = jnp.where(mine, rows[head : head + 1], old.astype(jnp.float32)).astype(old.dtype)
-                self.kv[slot, which, head, pl.ds(start, shape.tile)] = tile
+                self.kv[slot, which, head, pl.ds(start, self.tile)] = tile
                 self.tile_stage[slot, which, head] = tile
 
     def _per_head(self, product: Any) -> jax.Array:
         """Rows of each KV head's queries, from `product(head)` of all queries with that head's K or V."""
         shape = self.shape
         total = product(0)
-        group = shape.num_heads // shape.num_kv_heads
-        head_of_row = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, total.shape, 0), jnp.int32(group))
+        head_of_row = jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, total.shape, 0), jnp.int32(shape.group))
         for head in range(1, shape.num_kv_heads):
             total = jnp.where(head_of_row == head, product(head), total)
         return total
@@ -218,7 +169,7 @@ class _Decode:
         scores = self._per_head(lambda head: dot(q, self.kv[slot, 0, head], (((1,), (1,)), ((), ())))) * shape.scale
         if shape.soft_cap is not None:
             scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
-        keys = item.chunk * shape.item_tokens + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        keys = item.chunk * self.item_tokens + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         end = jnp.where(item.valid, item.seq_len, 0)
         scores = jnp.where((keys < end) & (keys >= item.seq_len - self.window), scores, MASKED)
         top = jnp.maximum(scores.max(axis=1, keepdims=True), FLOOR)
@@ -249,7 +200,7 @@ class _Decode:
     # The loop.
 
     def run(self) -> None:
-        config, slots = self.config, self.shape.slots
+        config, slots = self.config, self.config.slots
         # What no DMA fills is read, masked, as V: it must be finite.
         self.kv[...] = jnp.zeros_like(self.kv)
         for slot in range(slots):
@@ -322,15 +273,13 @@ def decode_rows(
         (`q` with those rows replaced by their outputs, the updated pages).
     """
     num_heads, head_dim = q.shape[1:]
-    _, _, num_kv_heads, page_size, _ = pages.shape
-    shape = _Shape(
-        num_heads, num_kv_heads, page_size, head_dim, *block_tables.shape, scale, soft_cap, config, pages.dtype
-    )  # fmt: skip
+    num_kv_heads, item_tokens = pages.shape[2], config.pages_per_item * pages.shape[3]
+    shape = PagedShape.of(num_heads, pages, block_tables, scale, soft_cap, config)
 
     def body(*refs: Any) -> None:
         _Decode(shape, dict(zip(NAMES, refs, strict=True))).run()
 
-    slots, hbm = shape.slots, pl.BlockSpec(memory_space=pl.ANY)
+    slots, hbm = config.slots, pl.BlockSpec(memory_space=pl.ANY)
     semaphores = [pltpu.SemaphoreType.DMA((slots,))] * 4
     return pl.pallas_call(
         body,
@@ -341,12 +290,12 @@ def decode_rows(
             in_specs=[hbm] * 4,
             out_specs=(hbm, hbm),
             scratch_shapes=[
-                pltpu.VMEM((slots, 2, num_kv_heads, shape.item_tokens, head_dim), pages.dtype),
+                pltpu.VMEM((slots, 2, num_kv_heads, item_tokens, head_dim), pages.dtype),
                 pltpu.VMEM((slots, num_heads, head_dim), q.dtype),
                 pltpu.VMEM((slots, num_kv_heads, head_dim), k.dtype),
                 pltpu.VMEM((slots, num_kv_heads, head_dim), v.dtype),
                 pltpu.VMEM((slots, num_heads, head_dim), q.dtype),
-                pltpu.VMEM((slots, 2, num_kv_heads, shape.tile, head_dim), pages.dtype),
+                pltpu.VMEM((slots, 2, num_kv_heads, sublanes(pages.dtype), head_dim), pages.dtype),
                 pltpu.VMEM((num_heads, LANES), jnp.float32),
                 pltpu.VMEM((num_heads, LANES), jnp.float32),
                 pltpu.VMEM((num_heads, head_dim), jnp.float32),

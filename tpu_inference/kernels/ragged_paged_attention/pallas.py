@@ -6,16 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.ragged_paged_attention.decode import LANES, NO_WINDOW, DecodeConfig, decode_rows
-from tpu_inference.kernels.ragged_paged_attention.prefill import PrefillConfig, attend_rows, sublanes, write_rows
+from tpu_inference.kernels.ragged_paged_attention.decode import DecodeConfig, decode_rows
+from tpu_inference.kernels.ragged_paged_attention.paged import LANES, NO_WINDOW, sublanes
+from tpu_inference.kernels.ragged_paged_attention.prefill import PrefillConfig, attend_rows, write_rows
 
 # Bytes in flight hide the latency of HBM: an item is large enough that its DMAs take longer than its scalar work, and small enough for a ring.
 ITEM_BYTES, ITEM_TOKENS, STAGES = 2**20, 1024, 4
 CHUNK_TOKENS, BLOCK_TOKENS = 512, 128
 VMEM_BYTES = 12 * 2**20
 """Of the 16 MiB that a kernel gets by default on the smallest chip; the rest is for what the compiler keeps."""
-
-
 SMEM_BYTES = 3 * 2**18
 """Of the 1 MiB where block tables lie while a kernel runs."""
 

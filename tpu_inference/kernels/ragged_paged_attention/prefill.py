@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.ragged_paged_attention.decode import FLOOR, LANES, MASKED
+from tpu_inference.kernels.ragged_paged_attention.paged import FLOOR, LANES, MASKED, PagedShape, page_copies, sublanes
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -28,11 +28,6 @@ class PrefillConfig:
     block_tokens: int
     """Tokens of a block of queries."""
     pages_per_chunk: int
-
-
-def sublanes(dtype: Any) -> int:
-    """Rows of a tile of memory."""
-    return 8 * 4 // jnp.dtype(dtype).itemsize
 
 
 def _lanes(x: jax.Array, width: int) -> jax.Array:
@@ -106,36 +101,6 @@ def _write_kernel(
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-@dataclass(frozen=True)
-class _Shape:
-    num_heads: int
-    num_kv_heads: int
-    page_size: int
-    head_dim: int
-    num_rows: int
-    table_width: int
-    scale: float
-    soft_cap: float | None
-    config: PrefillConfig
-    dtype: Any
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def chunk_tokens(self) -> int:
-        return self.config.pages_per_chunk * self.page_size
-
-    def table_index(self, row: Any, index: Any) -> Any:
-        """Where the table holds a row's page; somewhere in it past the end of rows or of a row's pages."""
-        return jnp.minimum(row * self.table_width + index, self.num_rows * self.table_width - 1)
-
-    @property
-    def precision(self) -> Any:
-        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
-
-
 @dataclass
 class _Item:
     """A chunk of a row's context, for the tokens that a block has of the row."""
@@ -148,7 +113,6 @@ class _Item:
     end: Any
     shift: Any
     """Position of token t: t + shift."""
-    first: Any
     last: Any
     valid: Any
 
@@ -156,22 +120,23 @@ class _Item:
 class _Prefill:
     """The kernel's body, in stages; one instance a trace."""
 
-    def __init__(self, shape: _Shape, refs: dict[str, Any]) -> None:
-        self.shape = shape
+    def __init__(self, shape: PagedShape, refs: dict[str, Any]) -> None:
+        self.shape, self.config = shape, shape.config
+        self.chunk_tokens = self.config.pages_per_chunk * shape.page_size
         self.__dict__.update(refs)
         self.num_decodes, self.num_rows, self.page_offset, self.window = (self.scalars[i] for i in range(4))
 
     def at(self, block: Any, row: Any, chunk: Any) -> _Item:
         """The item at `chunk`, or at the pair's first one where that is -1."""
-        shape, size = self.shape, self.shape.config.block_tokens
+        shape, size = self.shape, self.config.block_tokens
         row_in = jnp.minimum(row, shape.num_rows - 1)
         start, stop = self.starts[row_in], self.starts[row_in + 1]
         begin, end = jnp.maximum(start, block * size), jnp.minimum(stop, (block + 1) * size)
         shift = self.seq_lens[row_in] - stop
-        first = jax.lax.div(jnp.maximum(begin + shift - self.window + 1, 0), shape.chunk_tokens)
-        last = jax.lax.div(jnp.maximum(end - 1 + shift, 0), shape.chunk_tokens)
+        first = jax.lax.div(jnp.maximum(begin + shift - self.window + 1, 0), self.chunk_tokens)
+        last = jax.lax.div(jnp.maximum(end - 1 + shift, 0), self.chunk_tokens)
         chunk = jnp.where(chunk < 0, first, chunk)
-        return _Item(block, row, chunk, begin, end, shift, first, last, row < self.num_rows)
+        return _Item(block, row, chunk, begin, end, shift, last, row < self.num_rows)
 
     def ends_pair(self, item: _Item) -> Any:
         return item.chunk >= item.last
@@ -179,13 +144,13 @@ class _Prefill:
     def ends_block(self, item: _Item) -> Any:
         """Whether no later row has tokens in the block."""
         row_in = jnp.minimum(item.row, self.shape.num_rows - 1)
-        limit = (item.block + 1) * self.shape.config.block_tokens
+        limit = (item.block + 1) * self.config.block_tokens
         return self.ends_pair(item) & ((self.starts[row_in + 1] >= limit) | (item.row + 1 >= self.num_rows))
 
     def after(self, item: _Item) -> tuple[Any, Any, Any]:
         """(block, row, chunk) of the next item."""
         row_in = jnp.minimum(item.row, self.shape.num_rows - 1)
-        stop, limit = self.starts[row_in + 1], (item.block + 1) * self.shape.config.block_tokens
+        stop, limit = self.starts[row_in + 1], (item.block + 1) * self.config.block_tokens
         pair = self.ends_pair(item)
         row = jnp.where(pair & (stop <= limit), item.row + 1, item.row)
         # A row that ends with the block: the next one starts in the next block.
@@ -195,22 +160,11 @@ class _Prefill:
     # DMAs.
 
     def _page_copies(self, item: _Item, slot: Any) -> list[tuple[Any, Any]]:
-        shape, out = self.shape, []
-        for j in range(shape.config.pages_per_chunk):
-            index = item.chunk * shape.config.pages_per_chunk + j
-            there = item.valid & (index * shape.page_size < item.end + item.shift)
-            page = self.tables[shape.table_index(item.row, index)] + self.page_offset
-            tokens = pl.ds(j * shape.page_size, shape.page_size)
-            out.append(
-                (
-                    there,
-                    pltpu.make_async_copy(self.pages.at[page], self.kv.at[slot, :, :, tokens], self.kv_sem.at[slot]),
-                )
-            )
-        return out
+        end = jnp.where(item.valid, item.end + item.shift, 0)
+        return page_copies(self, item.row, item.chunk, self.config.pages_per_chunk, end, slot)
 
     def _block(self, block: Any) -> Any:
-        size = self.shape.config.block_tokens
+        size = self.config.block_tokens
         return pl.ds(pl.multiple_of(block * size, size), size)
 
     def _q_copy(self, block: Any) -> Any:
@@ -231,8 +185,8 @@ class _Prefill:
 
     def attend(self, item: _Item, slot: Any, *, masked: bool) -> None:
         """Every head's running softmax, after an item; unmasked where each token sees every key of it."""
-        shape, size = self.shape, self.shape.config.block_tokens
-        keys = shape.chunk_tokens
+        shape, size = self.shape, self.config.block_tokens
+        keys = self.chunk_tokens
         dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=shape.precision)
         if masked:
             # The same for every head and every query head of a group.
@@ -294,7 +248,7 @@ class _Prefill:
 
     def _sees_all(self, item: _Item) -> Any:
         """Whether the block is the row's alone, and each of its tokens sees every key of the chunk."""
-        size, keys = self.shape.config.block_tokens, self.shape.chunk_tokens
+        size, keys = self.config.block_tokens, self.chunk_tokens
         own = (item.begin == item.block * size) & (item.end == item.begin + size)
         causal = (item.chunk + 1) * keys - 1 <= item.begin + item.shift
         return own & causal & (item.chunk * keys > item.end - 1 + item.shift - self.window)
@@ -308,7 +262,7 @@ class _Prefill:
         jax.lax.fori_loop(0, self.shape.num_kv_heads, clear, None)
         row = self.num_decodes
         start = (
-            jax.lax.div(self.starts[jnp.minimum(row, self.shape.num_rows - 1)], self.shape.config.block_tokens),
+            jax.lax.div(self.starts[jnp.minimum(row, self.shape.num_rows - 1)], self.config.block_tokens),
             row,
             jnp.int32(-1),
         )
@@ -385,11 +339,10 @@ def attend_rows(
         [num_heads, T, head_dim]; defined at the tokens of those rows.
     """
     num_heads, num_tokens, head_dim = q.shape
-    _, _, num_kv_heads, page_size, _ = pages.shape
+    num_kv_heads = pages.shape[2]
     config = PrefillConfig(math.gcd(num_tokens, config.block_tokens), config.pages_per_chunk)
-    shape = _Shape(
-        num_heads, num_kv_heads, page_size, head_dim, *block_tables.shape, scale, soft_cap, config, pages.dtype
-    )  # fmt: skip
+    chunk_tokens = config.pages_per_chunk * pages.shape[3]
+    shape = PagedShape.of(num_heads, pages, block_tables, scale, soft_cap, config)
 
     def body(*refs: Any) -> None:
         _Prefill(shape, dict(zip(NAMES, refs, strict=True))).run()
@@ -404,7 +357,7 @@ def attend_rows(
             in_specs=[hbm] * 2,
             out_specs=hbm,
             scratch_shapes=[
-                pltpu.VMEM((2, 2, num_kv_heads, shape.chunk_tokens, head_dim), pages.dtype),
+                pltpu.VMEM((2, 2, num_kv_heads, chunk_tokens, head_dim), pages.dtype),
                 pltpu.VMEM((num_heads, config.block_tokens, head_dim), q.dtype),
                 pltpu.VMEM((num_heads, config.block_tokens, head_dim), q.dtype),
                 pltpu.VMEM((*state, LANES), jnp.float32),
