@@ -24,7 +24,7 @@ def compile_op(topology, *, tokens, rows, heads, kv_heads, head_dim, page_size, 
     """The op's executable, and the bytes of its pages."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     table = context // page_size + 1
-    pages = jax.ShapeDtypeStruct(kv_pages_shape(rows * table, page_size, kv_heads, head_dim, dtype), dtype)
+    pages = jax.ShapeDtypeStruct(kv_pages_shape(rows * table, page_size, kv_heads, head_dim, "tpu"), dtype)
     new = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), dtype)
     args = (
         jax.ShapeDtypeStruct((tokens, heads, head_dim), dtype), new, new, pages,

@@ -22,11 +22,13 @@ PAGE = 16
 
 
 @cache
-def op(form, scale, soft_cap, windowed):
+def op(form, scale, soft_cap, windowed, scales=None):
     """Compiled once for the batches of fixed shapes."""
 
-    def fn(window, *args):
-        options = dict(scale=scale, soft_cap=soft_cap, sliding_window=window if windowed else None)
+    def fn(window, sinks, *args):
+        options = dict(scale=scale, soft_cap=soft_cap, sliding_window=window if windowed else None, sinks=sinks)
+        if scales:
+            options.update(k_scale=scales[0], v_scale=scales[1])
         return ragged_paged_attention(*args, **options, implementation=form)
 
     return jax.jit(fn)
@@ -35,18 +37,24 @@ def op(form, scale, soft_cap, windowed):
 @pytest.fixture(autouse=True)
 def small_blocks_and_no_race(monkeypatch):
     """Small batches take several blocks; and no test passes with a race."""
-    monkeypatch.setattr(pallas, "decode_config", lambda *_: DecodeConfig(pages_per_item=2, items=2, stages=2))
+    monkeypatch.setattr(pallas, "decode_config", lambda *_: DecodeConfig(pages_per_item=2, slots=4))
     monkeypatch.setattr(pallas, "prefill_config", lambda *_: PrefillConfig(block_tokens=16, pages_per_chunk=2))
     monkeypatch.setitem(api._INTERPRET, "pallas_interpret", pltpu.InterpretParams(detect_races=True))
     yield
     assert not interpret_pallas_call.races.races_found
 
 
-def compare(rows, *, heads=4, kv_heads=2, dtype=jnp.float32, atol=2e-5, window=None, soft_cap=None):
+def compare(
+    rows, *, heads=4, kv_heads=2, head_dim=128, page_size=PAGE, atol=2e-5, window=None, soft_cap=None, sinks=None, scales=None,
+    **dtypes,
+):  # fmt: skip
     """The kernels' output and pages for `rows` of (context before, new tokens) equal the reference's."""
-    args = make_batch(rows, page_size=PAGE, num_heads=heads, num_kv_heads=kv_heads, head_dim=128, dtype=dtype)
+    shape = dict(page_size=page_size, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    args = make_batch(rows, **shape, **dtypes)
+    assert pallas.misfit(*args[3:5]) is None, "the reference would be compared with the XLA form"
     (out, pages), (expected, expected_pages) = (
-        op(form, 0.1, soft_cap, window is not None)(window, *args) for form in ("pallas_interpret", "reference")
+        op(form, 0.1, soft_cap, window is not None, scales)(window, sinks, *args)
+        for form in ("pallas_interpret", "reference")
     )
     real = sum(new for _, new in rows)
     assert np.isfinite(np.asarray(out, np.float32)).all()
@@ -90,8 +98,26 @@ def test_heads(heads, kv_heads):
     compare(MIXED, heads=heads, kv_heads=kv_heads)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 192, 256])
+def test_head_dims(head_dim):
+    compare(MIXED, head_dim=head_dim, heads=6, window=19)
+
+
 def test_bfloat16():
     compare(MIXED, dtype=jnp.bfloat16, atol=0.02)
+
+
+@pytest.mark.parametrize("kv_dtype", [jnp.float8_e4m3fn, jnp.float8_e4m3b11fnuz, jnp.int8])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_pages_of_a_byte_a_number(kv_dtype, head_dim):
+    # Large enough values that some are clipped.
+    scales = (0.01, 0.25) if kv_dtype == jnp.int8 else (0.004, 0.5)
+    compare(MIXED, head_dim=head_dim, page_size=32, kv_dtype=kv_dtype, scales=scales, atol=3e-4)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_sinks(head_dim):
+    compare(MIXED, head_dim=head_dim, window=9, sinks=jnp.asarray([-2.0, 0.5, 3.0, 40.0]))
 
 
 def test_a_window_that_is_none():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the Pallas kernels are blocked."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,18 +26,18 @@ def test_the_device_decides_the_form(platform, kind, form):
 
 
 @given(
-    kv_heads=st.integers(1, 64), group=st.integers(1, 16), head_dim=st.sampled_from([128, 256]),
+    kv_heads=st.integers(1, 64), group=st.integers(1, 16), head_dim=st.sampled_from([64, 80, 96, 128, 192, 256]),
     page_size=st.sampled_from([16, 32, 64, 128, 256]), table=st.integers(1, 600),
-    dtype=st.sampled_from([jnp.bfloat16, jnp.float32]),
+    dtype=st.sampled_from([jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32]),
 )  # fmt: skip
 def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_size, table, dtype):
-    pages = jax.ShapeDtypeStruct(kv_pages_shape(8, page_size, kv_heads, head_dim, dtype), dtype)
+    pages = jax.ShapeDtypeStruct(kv_pages_shape(8, page_size, kv_heads, head_dim, "tpu"), dtype)
     if pallas.misfit(pages, jax.ShapeDtypeStruct((8, table), jnp.int32)):
         return
-    page = 2 * kv_heads * page_size * head_dim * pages.dtype.itemsize
+    page = math.prod(pages.shape[1:]) * pages.dtype.itemsize
     decode = pallas.decode_config(pages, table)
     assert 1 <= decode.pages_per_item <= table
-    assert decode.items * decode.stages * decode.pages_per_item * page <= pallas.VMEM_BYTES
+    assert decode.slots * decode.pages_per_item * page <= pallas.VMEM_BYTES
     prefill = pallas.prefill_config(pages, table, kv_heads * group)
     assert 1 <= prefill.pages_per_chunk <= table
     assert prefill.block_tokens % 16 == 0
@@ -45,14 +47,14 @@ def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_
 @pytest.mark.parametrize(
     ("head_dim", "page_size", "kv_heads", "table", "reason"),
     [
-        (64, 16, 2, 10, "head_dim 64"),
         (128, 8, 2, 10, "page_size 8"),
         (256, 256, 64, 10, "VMEM"),
         (128, 128, 2, 1025, "SMEM"),
         (128, 16, 2, 10, None),
+        (80, 16, 2, 10, None),
     ],
 )
 def test_what_the_kernels_do_not_serve_is_said(head_dim, page_size, kv_heads, table, reason):
-    shape = kv_pages_shape(4, page_size, kv_heads, head_dim, jnp.bfloat16)
+    shape = kv_pages_shape(4, page_size, kv_heads, head_dim, "tpu")
     said = pallas.misfit(jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct((1024, table), jnp.int32))
     assert said is None if reason is None else reason in said

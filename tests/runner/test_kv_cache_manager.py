@@ -35,7 +35,7 @@ PAGE = FullAttentionSpec(**SHAPE).page_size_bytes
 
 def model(*windows, flat=False):
     layers = tuple(AttentionLayer(f"layer{i}", window) for i, window in enumerate(windows))
-    return SimpleNamespace(layers=layers, num_kv_heads=HEADS, head_dim=DIM, flat_kv=flat)
+    return SimpleNamespace(layers=layers, num_kv_heads=HEADS, head_dim=DIM, flat_kv=flat, platform="cpu")
 
 
 def group(*names, window=None, block_size=BLOCK):
@@ -60,7 +60,7 @@ def test_specs():
     for spec in specs.values():
         assert (spec.block_size, spec.num_kv_heads, spec.head_size) == (BLOCK, HEADS, DIM)
         # What vLLM reckons a page to be is what a page is.
-        page = jax.ShapeDtypeStruct(kv_pages_shape(1, BLOCK, HEADS, DIM, jnp.float32), jnp.float32)
+        page = jax.ShapeDtypeStruct(kv_pages_shape(1, BLOCK, HEADS, DIM, "cpu"), jnp.float32)
         assert spec.page_size_bytes == page.size * page.dtype.itemsize
 
 

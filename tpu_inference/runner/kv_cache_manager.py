@@ -22,8 +22,9 @@ logger = init_logger(__name__)
 
 
 def kv_cache_specs(model: ModelFunctions, block_size: int, dtype: torch.dtype) -> dict[str, KVCacheSpec]:
-    """vLLM's spec of every attention layer. Heads are the physical ones, over all devices (replicas and padding included)."""
-    common = dict(block_size=block_size, num_kv_heads=model.num_kv_heads, head_size=model.head_dim, dtype=dtype)
+    """vLLM's spec of every attention layer. Heads and head size are the physical ones (replicas and padding included), over all devices."""
+    _, planes, _, _, width = kv_pages_shape(1, block_size, model.num_kv_heads, model.head_dim, model.platform)
+    common = dict(block_size=block_size, num_kv_heads=model.num_kv_heads, head_size=planes * width // 2, dtype=dtype)
     return {
         layer.name: (
             FullAttentionSpec(**common)
@@ -68,7 +69,7 @@ def layout_from_config(config: KVCacheConfig, layer_names: Sequence[str], *, fla
 def abstract_kv_cache(model: ModelFunctions, layout: KVCacheLayout, block_size: int, dtype, mesh: Mesh) -> KVCache:
     """Shapes and shardings of the cache arrays."""
     arrays, pages = (1, layout.num_slots * layout.num_blocks) if layout.flat else (layout.num_slots, layout.num_blocks)
-    shape = kv_pages_shape(pages, block_size, model.num_kv_heads, model.head_dim, dtype)
+    shape = kv_pages_shape(pages, block_size, model.num_kv_heads, model.head_dim, model.platform)
     one = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, KV_PAGES_AXES))
     return KVCache((one,) * arrays, layout)
 

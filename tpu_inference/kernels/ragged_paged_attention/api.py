@@ -4,9 +4,10 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.ragged_paged_attention.pages import write_kv
+from tpu_inference.kernels.ragged_paged_attention.pages import kv_pages_shape, quantize, stored_scale, write_kv
 from tpu_inference.kernels.ragged_paged_attention.pallas import attention_pallas, misfit
 from tpu_inference.kernels.ragged_paged_attention.reference import attend_reference
 from tpu_inference.kernels.ragged_paged_attention.xla import attend_xla
@@ -36,6 +37,9 @@ def ragged_paged_attention(
     scale: float,
     soft_cap: float | None = None,
     sliding_window: int | jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
     implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """Write this step's K and V to their pages, then attend causally over each row's whole context.
@@ -51,6 +55,9 @@ def ragged_paged_attention(
         scale: factor on the scores.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         sliding_window: tokens that a query sees, itself included; None or <= 0 for all.
+        sinks: [num_heads], of each head the score of one more key, which has no value and which neither scale nor soft cap touch.
+        k_scale, v_scale: float32 scalars; pages of a byte a number (int8, or what `storage_dtype` makes of float8_e4m3fn) hold K / k_scale and
+            V / v_scale, rounded and clipped. None for 1.
         implementation: "pallas" (TPU; rows of one token come before rows of more), "pallas_interpret" (the same kernels interpreted, on any
             device), "xla", "reference". "pallas" takes the XLA form for shapes that its kernels do not serve (`pallas.misfit`).
 
@@ -63,16 +70,29 @@ def ragged_paged_attention(
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     if num_heads % num_kv_heads or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} are not tokens x heads x head_dim of one GQA layer")
-    if pages.shape[1:3] != (2, num_kv_heads) or pages.shape[4] != q.shape[2]:
+    layouts = {kv_pages_shape(pages.shape[0], pages.shape[3], num_kv_heads, q.shape[2], p) for p in ("cpu", "tpu")}
+    if pages.shape not in layouts:
         raise ValueError(f"pages {pages.shape} do not hold {num_kv_heads} KV heads of {q.shape[2]}")
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks {sinks.shape} are not one for each of {num_heads} heads")
     if implementation not in (*_AFTER_WRITING, *_INTERPRET):
         raise ValueError(f"implementation={implementation!r} is none of {sorted((*_AFTER_WRITING, *_INTERPRET))}")
     if isinstance(sliding_window, int) and sliding_window <= 0:
         sliding_window = None
-    options = dict(scale=scale, soft_cap=soft_cap, sliding_window=sliding_window)
+    short = pages.dtype.itemsize == 1
+    if short:
+        k_scale, v_scale = ((1.0 if s is None else s) * stored_scale(pages.dtype) for s in (k_scale, v_scale))
+        k, v = quantize(k, k_scale, pages.dtype), quantize(v, v_scale, pages.dtype)
+        q = (q.astype(jnp.float32) * k_scale).astype(q.dtype)
+    elif k_scale is not None or v_scale is not None:
+        raise ValueError(f"k_scale and v_scale are for pages of one byte a number, not of {pages.dtype}")
+    options = dict(scale=scale, soft_cap=soft_cap, sliding_window=sliding_window, sinks=sinks)
     tables = (block_tables, seq_lens, query_start_loc, page_offset)
     if implementation in _INTERPRET and misfit(pages, block_tables) is None:
-        return attention_pallas(q, k, v, pages, *tables, **options, interpret=_INTERPRET[implementation])
-    pages = write_kv(k, v, pages, *tables)
-    out = _AFTER_WRITING.get(implementation, attend_xla)(q, pages, *tables, **options)
+        out, pages = attention_pallas(q, k, v, pages, *tables, **options, interpret=_INTERPRET[implementation])
+    else:
+        pages = write_kv(k, v, pages, *tables)
+        out = _AFTER_WRITING.get(implementation, attend_xla)(q, pages, *tables, **options)
+    if short:
+        out = out.astype(jnp.float32) * v_scale
     return out.astype(q.dtype), pages

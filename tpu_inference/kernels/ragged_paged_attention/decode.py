@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Pallas kernel of rows with one token: writes the token's K and V into its page and attends over the row's pages.
 
-The context of all rows is one list of items, `pages_per_item` pages each, in order of rows. Items live in a ring of VMEM slots: `items` of them
-are computed side by side, so that the matrix unit and the reductions of one hide behind those of the others, while the DMAs of the stages after
-them are in flight, across rows. Only the running softmax goes from item to item.
+The context of all rows is one list of items, `pages_per_item` pages each, in order of rows. Items live in a ring of VMEM slots. A step of the loop
+scores the keys of one item while it weighs the values of the item before, so that the matrix unit never waits for a softmax; the DMAs of
+the items after those are in flight, across rows. Starting a DMA is a dozen scalar instructions, which are put between pieces of the arithmetic,
+where they cost nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.ragged_paged_attention.paged import FLOOR, LANES, MASKED, PagedShape, page_copies, sublanes
+from tpu_inference.kernels.ragged_paged_attention.paged import (
+    FLOOR,
+    LANES,
+    MASKED,
+    PagedShape,
+    page_starts,
+    sublanes,
+    wait_for_pages,
+)
+
+PIECE = 512
+"""Tokens of a matrix product: fewer leave columns of the matrix unit empty, and more leave it waiting for the first of them."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +35,8 @@ class DecodeConfig:
     """How the kernel is blocked."""
 
     pages_per_item: int
-    items: int
-    """Computed side by side."""
-    stages: int
-    """Of `items` slots each; one is computed while the DMAs of the others are in flight."""
-
-    @property
-    def slots(self) -> int:
-        return self.items * self.stages
+    slots: int
+    """One is computed while the DMAs of the others are in flight."""
 
 
 @dataclass
@@ -43,6 +49,18 @@ class _Item:
     first: Any
     last: Any
     valid: Any
+
+
+def _between(starts: list[Callable[[], None]], pieces: int) -> Callable[[Callable], jax.Array]:
+    """Makes products one by one, and calls some of `starts` before each of the `pieces` of them."""
+    left = iter(range(pieces, 0, -1))
+
+    def piece(product: Callable[[], jax.Array]) -> jax.Array:
+        for _ in range(-(-len(starts) // next(left))):
+            starts.pop(0)()
+        return product()
+
+    return piece
 
 
 class _Decode:
@@ -58,9 +76,10 @@ class _Decode:
 
     def at(self, row: Any, chunk: Any) -> _Item:
         shape = self.shape
-        seq_len = self.seq_lens[jnp.minimum(row, shape.num_rows - 1)]
+        seq_len = self.seq_lens[jnp.clip(row, 0, shape.num_rows - 1)]
         last = jax.lax.div(seq_len - 1, self.item_tokens)
-        return _Item(row, chunk, seq_len, self._first_chunk(seq_len), last, row < self.num_decodes)
+        valid = (row >= 0) & (row < self.num_decodes)
+        return _Item(row, chunk, seq_len, self._first_chunk(seq_len), last, valid)
 
     def _first_chunk(self, seq_len: Any) -> Any:
         return jax.lax.div(jnp.maximum(seq_len - self.window, 0), self.item_tokens)
@@ -74,44 +93,29 @@ class _Decode:
 
     # DMAs.
 
-    def _page_copies(self, item: _Item, slot: Any) -> list[tuple[Any, Any]]:
-        end = jnp.where(item.valid, item.seq_len, 0)
-        return page_copies(self, item.row, item.chunk, self.config.pages_per_item, end, slot)
+    def _pages(self, item: _Item, slot: Any) -> tuple[Any, ...]:
+        return item.chunk, self.config.pages_per_item, jnp.where(item.valid, item.seq_len, 0), slot
 
     def _row_copies(self, item: _Item, slot: Any) -> list[Any]:
         """The row's query, and the token's K and V."""
-        pairs = ((self.out, self.q), (self.k_new, self.k), (self.v_new, self.v))
-        return [
-            pltpu.make_async_copy(source.at[item.row], target.at[slot], self.row_sem.at[slot])
-            for source, target in pairs
-        ]
+        pairs = [(self.out, self.q.at[slot])]
+        pairs += [(new, self.new.at[slot, plane]) for plane, new in enumerate(self.new_in)]
+        return [pltpu.make_async_copy(source.at[item.row], target, self.row_sem.at[slot]) for source, target in pairs]
 
-    def fetch(self, item: _Item, slot: Any) -> None:
-        @pl.when(item.valid)
-        def _() -> None:
+    def fetch(self, item: _Item, slot: Any) -> list[Callable[[], None]]:
+        """What starts the item's DMAs, one by one."""
+
+        def start_row() -> None:
             for copy in self._row_copies(item, slot):
-                copy.start()
-            for there, copy in self._page_copies(item, slot):
-                pl.when(there)(copy.start)
+                pl.when(item.valid)(copy.start)
+
+        return [start_row, *page_starts(self, item.row, *self._pages(item, slot))]
 
     def arrive(self, item: _Item, slot: Any) -> None:
         """Wait for what `fetch` started."""
-
-        @pl.when(item.valid)
-        def _() -> None:
-            for copy in self._row_copies(item, slot):
-                copy.wait()
-
-        whole = item.valid & ((item.chunk + 1) * self.item_tokens <= item.seq_len)
-
-        @pl.when(whole)
-        def _() -> None:  # all pages together: a wait counts bytes
-            pltpu.make_async_copy(self.kv.at[slot], self.kv.at[slot], self.kv_sem.at[slot]).wait()
-
-        @pl.when(item.valid & ~whole)
-        def _() -> None:
-            for there, copy in self._page_copies(item, slot):
-                pl.when(there)(copy.wait)
+        for copy in self._row_copies(item, slot):
+            pl.when(item.valid)(copy.wait)
+        wait_for_pages(self, *self._pages(item, slot))
 
     def _out_copy(self, row: Any, slot: Any) -> Any:
         return pltpu.make_async_copy(self.out_stage.at[slot], self.out.at[row], self.out_sem.at[slot])
@@ -142,15 +146,31 @@ class _Decode:
         shape = self.shape
         inside = jnp.clip(item.seq_len - 1 - item.chunk * self.item_tokens, 0, self.item_tokens - 1)
         start = pl.multiple_of(jax.lax.div(inside, self.tile) * self.tile, self.tile)
-        here = jnp.where(item.valid & (item.chunk == item.last), inside - start, -1)
-        mine = jax.lax.broadcasted_iota(jnp.int32, (self.tile, shape.head_dim), 0) == here
-        for which, new in enumerate((self.k, self.v)):
-            rows = new[slot].astype(jnp.float32)
+        # A tile is 8 sublanes of words, each of the tokens of its lane that are neighbours.
+        per_word = self.tile // 8
+        word = jax.lax.div(inside - start, per_word)
+        bits = 32 // per_word
+        mask = jnp.int32(-1) if per_word == 1 else (2**bits - 1) << ((inside - start - word * per_word) * bits)
+        word = jnp.where(item.valid & (item.chunk == item.last), word, -1)
+        mask = jnp.where(jax.lax.broadcasted_iota(jnp.int32, (8, shape.width), 0) == word, mask, 0)
+        for plane in range(shape.planes):
+            rows = self.new[slot, plane]
             for head in range(shape.num_kv_heads):
-                old = self.kv[slot, which, head, pl.ds(start, self.tile)]
-                tile = jnp.where(mine, rows[head : head + 1], old.astype(jnp.float32)).astype(old.dtype)
-                self.kv[slot, which, head, pl.ds(start, self.tile)] = tile
-                self.tile_stage[slot, which, head] = tile
+                old = pltpu.bitcast(self.kv[slot, plane, head, pl.ds(start, self.tile)], jnp.int32)
+                tile = pltpu.bitcast((rows[head : head + 1] & mask) | (old & ~mask), shape.dtype)
+                self.kv[slot, plane, head, pl.ds(start, self.tile)] = tile
+                self.tile_stage[slot, plane, head] = tile
+
+    def _pieces(self) -> list[Any]:
+        """The item's tokens, in slices that a matrix product and a few DMAs are about as long for."""
+        size = max(self.shape.page_size, PIECE)
+        if self.item_tokens % size:
+            size = self.item_tokens
+        return [pl.ds(start, size) for start in range(0, self.item_tokens, size)]
+
+    def _dot(self, x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
+        contract = (((1,), (y_axis,)), ((), ()))
+        return jax.lax.dot_general(x, y, contract, preferred_element_type=jnp.float32, precision=self.shape.precision)
 
     def _per_head(self, product: Any) -> jax.Array:
         """Rows of each KV head's queries, from `product(head)` of all queries with that head's K or V."""
@@ -161,12 +181,20 @@ class _Decode:
             total = jnp.where(head_of_row == head, product(head), total)
         return total
 
-    def partial_softmax(self, item: _Item, slot: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(maximum [heads, 1], sum of weights [heads, 1], weighted values [heads, head_dim]) of an item alone."""
+    def score(self, slot: Any, piece: Callable) -> jax.Array:
+        """[heads, item_tokens]: every query with every key; each product is made by `piece`."""
         shape = self.shape
-        dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=shape.precision)
-        q = self.q[slot].astype(shape.dtype)
-        scores = self._per_head(lambda head: dot(q, self.kv[slot, 0, head], (((1,), (1,)), ((), ())))) * shape.scale
+        q = self.q[slot].astype(shape.compute_dtype)
+
+        def one(head: int, tokens: Any) -> jax.Array:
+            return piece(lambda: self._dot(q, shape.keys(self.kv, slot, head, tokens), 1))
+
+        return self._per_head(lambda head: jnp.concatenate([one(head, tokens) for tokens in self._pieces()], axis=1))
+
+    def partial_softmax(self, item: _Item, slot: Any, scores: jax.Array, piece: Callable) -> tuple[jax.Array, ...]:
+        """(maximum [heads, 1], sum of weights [heads, 1], weighted values [heads, v_width]) of an item alone."""
+        shape = self.shape
+        scores = scores * shape.scale
         if shape.soft_cap is not None:
             scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
         keys = item.chunk * self.item_tokens + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
@@ -175,13 +203,18 @@ class _Decode:
         top = jnp.maximum(scores.max(axis=1, keepdims=True), FLOOR)
         weights = jnp.exp(scores - top)
         total = weights.sum(axis=1, keepdims=True)
-        weights = weights.astype(shape.dtype)
-        return top, total, self._per_head(lambda head: dot(weights, self.kv[slot, 1, head], (((1,), (0,)), ((), ()))))
+        weights = weights.astype(shape.compute_dtype)
+
+        def one(head: int, tokens: Any) -> jax.Array:
+            mine = weights[:, tokens.start : tokens.start + tokens.size]
+            return piece(lambda: self._dot(mine, shape.values(self.kv, slot, head, tokens), 0))
+
+        return top, total, self._per_head(lambda head: sum(one(head, tokens) for tokens in self._pieces()))
 
     def merge(self, state: tuple, item: _Item, part: tuple) -> tuple:
         """The running softmax after an item."""
-        starts = item.chunk == item.first
-        top, total, out = (jnp.where(starts, initial, x) for x, initial in zip(state, (FLOOR, 0.0, 0.0), strict=True))
+        starts, initial = item.chunk == item.first, (self.sinks[:, :1], 1.0, 0.0)
+        top, total, out = (jnp.where(starts, begin, x) for x, begin in zip(state, initial, strict=True))
         part_top, part_total, part_out = part
         new_top = jnp.maximum(top, part_top)
         old, new = jnp.exp(top - new_top), jnp.exp(part_top - new_top)
@@ -189,7 +222,7 @@ class _Decode:
 
     def finish(self, state: tuple, item: _Item, slot: Any) -> None:
         """Send the row's output and its new tile on their way, after its last item."""
-        self.out_stage[slot] = (state[2] / jnp.maximum(state[1], 1e-30)).astype(self.out_stage.dtype)
+        self.out_stage[slot] = self.shape.output(state[2] / state[1]).astype(self.out_stage.dtype)
 
         @pl.when(item.valid & (item.chunk == item.last))
         def _() -> None:
@@ -200,7 +233,7 @@ class _Decode:
     # The loop.
 
     def run(self) -> None:
-        config, slots = self.config, self.config.slots
+        slots = self.config.slots
         # What no DMA fills is read, masked, as V: it must be finite.
         self.kv[...] = jnp.zeros_like(self.kv)
         for slot in range(slots):
@@ -209,55 +242,63 @@ class _Decode:
 
         def fill(slot: Any, place: tuple) -> tuple:
             item = self.at(*place)
-            self.fetch(item, slot)
+            for begin in self.fetch(item, slot):
+                begin()
             return self.after(item)
 
-        ahead = jax.lax.fori_loop(0, slots, fill, start)
+        ahead = jax.lax.fori_loop(0, slots - 2, fill, start)
 
         def step(carry: tuple) -> tuple:
-            place, ahead, stage = carry
-            items = []
-            for i in range(config.items):
-                slot = stage * config.items + i
-                items.append((self.at(*place), slot))
-                place = self.after(items[-1][0])
-            for item, slot in items:
-                self.release(slot)
-                self.arrive(item, slot)
-            for item, slot in items:
-                self.insert(item, slot)
-            parts = [self.partial_softmax(item, slot) for item, slot in items]
-            state = (self.top[:, :1], self.total[:, :1], self.acc[...])
-            for (item, slot), part in zip(items, parts, strict=True):
-                state = self.merge(state, item, part)
-                self.finish(state, item, slot)
+            before, place, ahead, slot = carry
+            done, item, coming = self.at(*before), self.at(*place), self.at(*ahead)
+            slot_before, free = (jnp.where(slot < n, slot + slots - n, slot - n) for n in (1, 2))
+            self.release(slot)
+            self.arrive(item, slot)
+            self.insert(item, slot)
+            scores = self.scores[...]
+            piece = _between(self.fetch(coming, free), 2 * self.shape.num_kv_heads * len(self._pieces()))
+            next_scores = self.score(slot, piece)
+            part = self.partial_softmax(done, slot_before, scores, piece)
+            self.scores[...] = next_scores
+            state = self.merge((self.top[:, :1], self.total[:, :1], self.acc[...]), done, part)
+            self.finish(state, done, slot_before)
             self.top[...] = jnp.broadcast_to(state[0], self.top.shape)
             self.total[...] = jnp.broadcast_to(state[1], self.total.shape)
             self.acc[...] = state[2]
-            for _, slot in items:
-                ahead = fill(slot, ahead)
-            return place, ahead, jnp.where(stage == config.stages - 1, 0, stage + 1)
+            return place, self.after(item), self.after(coming), jnp.where(slot == slots - 1, 0, slot + 1)
 
-        jax.lax.while_loop(lambda carry: carry[0][0] < self.num_decodes, step, (start, ahead, jnp.int32(0)))
+        def more(carry: tuple) -> Any:
+            return (carry[0][0] < self.num_decodes) & (self.num_decodes > 0)
+
+        nothing = (jnp.int32(-1), jnp.int32(0))
+        jax.lax.while_loop(more, step, (nothing, start, ahead, jnp.int32(0)))
         for slot in range(slots):
             self.release(slot)
 
 
+def words(x: jax.Array, dtype: Any) -> jax.Array:
+    """int32 of `x` as pages of `dtype` hold it: its bits, as often as they fit."""
+    size = jnp.dtype(dtype).itemsize
+    bits = jax.lax.bitcast_convert_type(x.astype(dtype), jnp.dtype(f"uint{8 * size}")).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits * {4: 1, 2: 0x10001, 1: 0x1010101}[size], jnp.int32)
+
+
 NAMES = (
-    "scalars", "seq_lens", "tables", "q_in", "k_new", "v_new", "pages_in", "out", "pages",
-    "kv", "q", "k", "v", "out_stage", "tile_stage", "top", "total", "acc", "busy", "kv_sem", "row_sem", "out_sem", "tile_sem",
+    "scalars", "seq_lens", "tables", "q_in", "sinks", "pages_in", "out", "pages",
+    "kv", "q", "new", "out_stage", "tile_stage", "scores", "top", "total", "acc", "busy", "kv_sem", "row_sem", "out_sem", "tile_sem",
 )  # fmt: skip
 
 
 def decode_rows(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    new: tuple[jax.Array, ...],
     pages: jax.Array,
     block_tables: jax.Array,
     seq_lens: jax.Array,
     scalars: jax.Array,
+    sinks: jax.Array,
     *,
+    head_dim: int,
     scale: float,
     soft_cap: float | None,
     config: DecodeConfig,
@@ -266,18 +307,22 @@ def decode_rows(
     """The first scalars[0] rows, each of one token, which is token r of row r.
 
     Args:
+        q: [T, num_heads, q_width]; lanes from head_dim on are 0.
+        new: what each plane gets, int32 [T, num_kv_heads, width]; see `to_planes` and `words`.
         scalars: int32 [4]: rows of one token, rows with tokens, page offset, sliding window (NO_WINDOW for none).
+        sinks: float32 [num_heads, LANES], the same in every lane; FLOOR for none.
         The others are those of `ragged_paged_attention`.
 
     Returns:
         (`q` with those rows replaced by their outputs, the updated pages).
     """
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads, item_tokens = pages.shape[2], config.pages_per_item * pages.shape[3]
-    shape = PagedShape.of(num_heads, pages, block_tables, scale, soft_cap, config)
+    num_heads, planes = q.shape[1], len(new)
+    num_kv_heads, item_tokens, width = pages.shape[2], config.pages_per_item * pages.shape[3], pages.shape[4]
+    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, scale, soft_cap, config)
 
-    def body(*refs: Any) -> None:
-        _Decode(shape, dict(zip(NAMES, refs, strict=True))).run()
+    def body(scalars: Any, seq_lens: Any, tables: Any, q_in: Any, *refs: Any) -> None:
+        named = dict(zip(NAMES, (scalars, seq_lens, tables, q_in, *refs[planes:]), strict=True))
+        _Decode(shape, {**named, "new_in": refs[:planes]}).run()
 
     slots, hbm = config.slots, pl.BlockSpec(memory_space=pl.ANY)
     semaphores = [pltpu.SemaphoreType.DMA((slots,))] * 4
@@ -287,23 +332,24 @@ def decode_rows(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(),
-            in_specs=[hbm] * 4,
+            in_specs=[hbm] * (1 + planes) + [pl.BlockSpec(memory_space=pltpu.VMEM), hbm],
             out_specs=(hbm, hbm),
             scratch_shapes=[
-                pltpu.VMEM((slots, 2, num_kv_heads, item_tokens, head_dim), pages.dtype),
-                pltpu.VMEM((slots, num_heads, head_dim), q.dtype),
-                pltpu.VMEM((slots, num_kv_heads, head_dim), k.dtype),
-                pltpu.VMEM((slots, num_kv_heads, head_dim), v.dtype),
-                pltpu.VMEM((slots, num_heads, head_dim), q.dtype),
-                pltpu.VMEM((slots, 2, num_kv_heads, sublanes(pages.dtype), head_dim), pages.dtype),
+                pltpu.VMEM((slots, planes, num_kv_heads, item_tokens, width), pages.dtype),
+                pltpu.VMEM((slots, *q.shape[1:]), q.dtype),
+                pltpu.VMEM((slots, planes, num_kv_heads, width), new[0].dtype),
+                pltpu.VMEM((slots, *q.shape[1:]), q.dtype),
+                pltpu.VMEM((slots, planes, num_kv_heads, sublanes(pages.dtype), width), pages.dtype),
+                pltpu.VMEM((num_heads, item_tokens), jnp.float32),
                 pltpu.VMEM((num_heads, LANES), jnp.float32),
                 pltpu.VMEM((num_heads, LANES), jnp.float32),
-                pltpu.VMEM((num_heads, head_dim), jnp.float32),
+                pltpu.VMEM((num_heads, shape.v_width), jnp.float32),
                 pltpu.SMEM((slots,), jnp.int32),
                 *semaphores,
             ],
         ),
-        input_output_aliases={3: 0, 6: 1},
+        input_output_aliases={3: 0, 5 + planes: 1},
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         name="paged_decode",
         interpret=interpret,
-    )(scalars, seq_lens, block_tables.reshape(-1), q, k, v, pages)
+    )(scalars, seq_lens, block_tables.reshape(-1), q, *new, sinks, pages)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Pallas kernels share: constants, the static part of a call, and the copies of a row's pages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,11 +11,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from tpu_inference.kernels.ragged_paged_attention.pages import LANES
+
 MASKED = -1e30
 FLOOR = -1e29
 """Of a running maximum: far above MASKED, so that exp(MASKED - maximum) is 0 even where all is masked."""
 NO_WINDOW = 2**30
-LANES = 128
 
 
 def sublanes(dtype: Any) -> int:
@@ -28,6 +31,9 @@ class PagedShape:
     num_heads: int
     num_kv_heads: int
     page_size: int
+    planes: int
+    width: int
+    """Lanes of a plane."""
     head_dim: int
     num_rows: int
     table_width: int
@@ -36,14 +42,22 @@ class PagedShape:
     config: Any
     """DecodeConfig or PrefillConfig."""
     dtype: Any
+    """Of the pages."""
+    compute_dtype: Any
+    """Of the operands of matrix products."""
 
     @classmethod
-    def of(cls, num_heads: int, pages: Any, block_tables: Any, scale: float, soft_cap: float | None, config: Any):
+    def of(
+        cls, num_heads: int, head_dim: int, q_dtype: Any, pages: Any, block_tables: Any,
+        scale: float, soft_cap: float | None, config: Any,
+    ):  # fmt: skip
         """From the arrays of a call."""
-        _, _, num_kv_heads, page_size, head_dim = pages.shape
+        _, planes, num_kv_heads, page_size, width = pages.shape
+        compute = q_dtype if pages.dtype.itemsize == 1 else pages.dtype
         return cls(
-            num_heads, num_kv_heads, page_size, head_dim, *block_tables.shape, scale, soft_cap, config, pages.dtype
-        )
+            num_heads, num_kv_heads, page_size, planes, width, head_dim, *block_tables.shape,
+            scale, soft_cap, config, pages.dtype, compute,
+        )  # fmt: skip
 
     @property
     def group(self) -> int:
@@ -53,20 +67,66 @@ class PagedShape:
     @property
     def precision(self) -> Any:
         """Of the matrix products."""
-        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        return jax.lax.Precision.HIGHEST if self.compute_dtype == jnp.float32 else None
+
+    # Where K and V share a plane, K is its first `head_dim` lanes and V those after it. Reads begin and end with whole tiles of lanes: a query is 0
+    # where it meets V, and an output is turned to the front, away from what it made of K.
+
+    @property
+    def q_width(self) -> int:
+        """Lanes of a query, and of an output."""
+        return -(-self.head_dim // LANES) * LANES
+
+    @property
+    def v_start(self) -> int:
+        """First lane read for V."""
+        return 0 if self.planes == 2 else self.head_dim // LANES * LANES
+
+    @property
+    def v_width(self) -> int:
+        """Lanes read for V."""
+        return self.width - self.v_start
+
+    def keys(self, kv: Any, slot: Any, head: Any, tokens: Any = slice(None)) -> jax.Array:
+        """[tokens, q_width] of `kv[slot]` of one head."""
+        return kv[slot, 0, head, tokens, : self.q_width].astype(self.compute_dtype)
+
+    def values(self, kv: Any, slot: Any, head: Any, tokens: Any = slice(None)) -> jax.Array:
+        """[tokens, v_width] of `kv[slot]` of one head."""
+        return kv[slot, self.planes - 1, head, tokens, self.v_start :].astype(self.compute_dtype)
+
+    def output(self, values: jax.Array) -> jax.Array:
+        """[N, q_width] with the output of a head in front, of [N, v_width]."""
+        shift = 0 if self.planes == 2 else self.head_dim - self.v_start
+        return (pltpu.roll(values, self.v_width - shift, 1) if shift else values)[:, : self.q_width]
 
     def table_index(self, row: Any, index: Any) -> Any:
         """Where the flat table holds a row's page; somewhere in it past the end of rows or of a row's pages."""
         return jnp.minimum(row * self.table_width + index, self.num_rows * self.table_width - 1)
 
 
-def page_copies(kernel: Any, row: Any, chunk: Any, count: int, end: Any, slot: Any) -> list[tuple[Any, Any]]:
-    """(whether it is there, its copy into `kernel.kv[slot]`) of the `count` pages of a row's chunk; no page starts at position `end` or after."""
-    shape, out = kernel.shape, []
-    for j in range(count):
+def page_starts(kernel: Any, row: Any, chunk: Any, count: int, end: Any, slot: Any) -> list[Callable[[], None]]:
+    """What starts the copies of the `count` pages of a row's chunk into `kernel.kv[slot]`, one by one; no page starts at position `end` or after."""
+    shape = kernel.shape
+
+    def start(j: int) -> None:
         index = chunk * count + j
-        page = kernel.tables[shape.table_index(row, index)] + kernel.page_offset
-        target = kernel.kv.at[slot, :, :, pl.ds(j * shape.page_size, shape.page_size)]
-        copy = pltpu.make_async_copy(kernel.pages.at[page], target, kernel.kv_sem.at[slot])
-        out.append((index * shape.page_size < end, copy))
-    return out
+
+        @pl.when(index * shape.page_size < end)
+        def _() -> None:
+            page = kernel.tables[shape.table_index(row, index)] + kernel.page_offset
+            target = kernel.kv.at[slot, :, :, pl.ds(j * shape.page_size, shape.page_size)]
+            pltpu.make_async_copy(kernel.pages.at[page], target, kernel.kv_sem.at[slot]).start()
+
+    return [partial(start, j) for j in range(count)]
+
+
+def wait_for_pages(kernel: Any, chunk: Any, count: int, end: Any, slot: Any) -> None:
+    """Wait for what `page_starts` started. A wait counts bytes: a few of them, by powers of two, are enough."""
+    size = kernel.shape.page_size
+    there = jnp.clip(jax.lax.div(end + size - 1, size) - chunk * count, 0, count)
+    bit = 1
+    while bit <= count:
+        some = kernel.kv.at[slot, :, :, pl.ds(0, bit * size)]
+        pl.when((there & bit) != 0)(pltpu.make_async_copy(some, some, kernel.kv_sem.at[slot]).wait)
+        bit *= 2

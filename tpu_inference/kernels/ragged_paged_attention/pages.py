@@ -7,36 +7,86 @@ import jax
 import jax.numpy as jnp
 
 KV_PAGES_AXES = ("pages", None, "kv_heads", None, "head_dim")
-"""Logical axes of the pages: [pages, K or V, num_kv_heads, page_size, head_dim]."""
+"""Logical axes of the pages: [pages, planes, num_kv_heads, page_size, width]."""
+LANES = 128
+"""A TPU pads the last dimension of an array to a multiple of this."""
 
 
 def kv_pages_shape(
-    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, platform: str
 ) -> tuple[int, int, int, int, int]:
-    """Shape of an array of pages. `dtype` is part of the contract, since packed layouts depend on it; this one does not."""
-    del dtype
+    """Shape of an array of pages on a platform.
+
+    K and V are two planes of `head_dim`. On a TPU, where planes of a head_dim that is no multiple of 128 would be padded (64: to twice the bytes),
+    they are one: a token's K, then its V, then zeros up to a multiple of 128.
+    """
+    if platform == "tpu" and head_dim % LANES:
+        return (num_pages, 1, num_kv_heads, page_size, -(-2 * head_dim // LANES) * LANES)
     return (num_pages, 2, num_kv_heads, page_size, head_dim)
 
 
-def storage_dtype(dtype: Any, platform: str) -> Any:
-    """What pages of `dtype` are stored as.
+def to_planes(k: jax.Array, v: jax.Array, pages: jax.Array) -> tuple[jax.Array, ...]:
+    """`k` and `v` [..., head_dim] as what each plane of `pages` holds of them, [..., width]."""
+    if pages.shape[1] == 2:
+        return k, v
+    padding = jnp.zeros((*k.shape[:-1], pages.shape[-1] - 2 * k.shape[-1]), k.dtype)
+    return (jnp.concatenate([k, v, padding], axis=-1),)
 
-    XLA's CPU backend updates bf16 arrays by converting all of them to float32 and back, so there their bits are kept as integers.
+
+def from_planes(kv: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """K and V [..., head_dim] of `kv` [planes, ..., width]."""
+    if kv.shape[0] == 2:
+        return kv[0], kv[1]
+    return kv[0, ..., :head_dim], kv[0, ..., head_dim : 2 * head_dim]
+
+
+_BITS = {jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16), jnp.dtype(jnp.float8_e4m3fn): jnp.dtype(jnp.uint8)}
+_FLOATS = {bits: dtype for dtype, bits in _BITS.items()}
+_E4M3B11 = jnp.dtype(jnp.float8_e4m3b11fnuz)
+_KNOWS_E4M3FN = ("TPU7x",)
+
+
+def storage_dtype(dtype: Any, device: jax.Device) -> Any:
+    """What pages of `dtype` are stored as on a device.
+
+    XLA's CPU backend updates arrays of short floats by converting all of them to float32 and back, so there their bits are kept as integers.
+    TPUs before the seventh generation read the format of e4m3fn with another bias in one instruction, and e4m3fn itself in many.
     """
-    return jnp.dtype(jnp.uint16) if platform == "cpu" and dtype == jnp.bfloat16 else jnp.dtype(dtype)
+    dtype = jnp.dtype(dtype)
+    if device.platform == "cpu":
+        return _BITS.get(dtype, dtype)
+    if dtype == jnp.float8_e4m3fn and not device.device_kind.startswith(_KNOWS_E4M3FN):
+        return _E4M3B11
+    return dtype
+
+
+def stored_scale(storage: Any) -> float:
+    """What numbers are divided by on their way into pages, on top of their scale: the difference of the two biases."""
+    return 16.0 if storage == _E4M3B11 else 1.0
 
 
 def encode(x: jax.Array, storage: Any) -> jax.Array:
     """`x` as pages of `storage` dtype hold it."""
-    if storage == jnp.uint16:
-        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    if storage in _FLOATS:
+        return jax.lax.bitcast_convert_type(x.astype(_FLOATS[storage]), storage)
     return x.astype(storage)
+
+
+def quantize(x: jax.Array, scale: jax.Array | float, storage: Any) -> jax.Array:
+    """`x / scale` within the range of pages of `storage` dtype, in x's dtype; `encode` or a kernel rounds it."""
+    scaled = x.astype(jnp.float32) / scale
+    if storage == jnp.int8:
+        return jnp.clip(jnp.round(scaled), -128, 127).astype(x.dtype)
+    limit = float(jnp.finfo(jnp.float8_e4m3fn).max) / stored_scale(storage)
+    return jnp.clip(scaled, -limit, limit).astype(x.dtype)
 
 
 def decode(stored: jax.Array) -> jax.Array:
     """float32 of what `encode` made."""
     if stored.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << 16, jnp.float32)
+    if stored.dtype in _FLOATS:
+        return jax.lax.bitcast_convert_type(stored, _FLOATS[stored.dtype]).astype(jnp.float32)
     return stored.astype(jnp.float32)
 
 
@@ -63,6 +113,6 @@ def write_kv(
     positions = seq_lens[rows] - query_start_loc[rows + 1] + jnp.arange(num_tokens, dtype=jnp.int32)
     page = block_tables[rows, jnp.where(real, positions, 0) // page_size] + page_offset
     slot = positions % page_size
-    kv = encode(jnp.stack([k, v], axis=1), pages.dtype)
+    kv = encode(jnp.stack(to_planes(k, v, pages), axis=1), pages.dtype)
     page = jnp.where(real, page, pages.shape[0])  # out of range: dropped
     return pages.at[page, :, :, slot, :].set(kv, mode="drop")

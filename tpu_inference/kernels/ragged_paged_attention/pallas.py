@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.ragged_paged_attention.decode import DecodeConfig, decode_rows
-from tpu_inference.kernels.ragged_paged_attention.paged import LANES, NO_WINDOW, sublanes
+from tpu_inference.kernels.ragged_paged_attention.decode import DecodeConfig, decode_rows, words
+from tpu_inference.kernels.ragged_paged_attention.paged import FLOOR, NO_WINDOW, sublanes
+from tpu_inference.kernels.ragged_paged_attention.pages import LANES, to_planes
 from tpu_inference.kernels.ragged_paged_attention.prefill import PrefillConfig, attend_rows, write_rows
 
 # Bytes in flight hide the latency of HBM: an item is large enough that its DMAs take longer than its scalar work, and small enough for a ring.
-ITEM_BYTES, ITEM_TOKENS, STAGES = 2**20, 1024, 4
+MAX_ITEM_BYTES, MIN_ITEM_BYTES, ITEM_TOKENS, SLOTS = 2**20, 2**19, 1024, 5
 CHUNK_TOKENS, BLOCK_TOKENS = 512, 128
 VMEM_BYTES = 12 * 2**20
 """Of the 16 MiB that a kernel gets by default on the smallest chip; the rest is for what the compiler keeps."""
@@ -24,20 +25,20 @@ def _pages_within(tokens: int, page_size: int) -> int:
 
 
 def decode_config(pages: Any, table_width: int) -> DecodeConfig:
-    """Blocks for `pages` [P, 2, num_kv_heads, page_size, head_dim] and rows of up to `table_width` pages."""
-    _, _, heads, page_size, head_dim = pages.shape
-    token = 2 * heads * head_dim * jnp.dtype(pages.dtype).itemsize
-    per_item = min(_pages_within(min(ITEM_BYTES // token, ITEM_TOKENS), page_size), table_width)
-    return DecodeConfig(pages_per_item=per_item, items=1, stages=STAGES)
+    """Blocks for `pages` [P, planes, num_kv_heads, page_size, width] and rows of up to `table_width` pages."""
+    _, planes, heads, page_size, width = pages.shape
+    token = planes * heads * width * pages.dtype.itemsize
+    tokens = min(max(ITEM_TOKENS, MIN_ITEM_BYTES // token), MAX_ITEM_BYTES // token)
+    per_item = min(_pages_within(tokens, page_size), table_width)
+    return DecodeConfig(pages_per_item=per_item, slots=SLOTS)
 
 
 def prefill_config(pages: Any, table_width: int, num_heads: int) -> PrefillConfig:
     """Blocks for pages and rows as above; fewer tokens where many heads' running softmax would not fit."""
-    _, _, heads, page_size, head_dim = pages.shape
-    itemsize = jnp.dtype(pages.dtype).itemsize
-    page = 2 * 2 * heads * page_size * head_dim * itemsize  # two slots of K and V
+    _, planes, heads, page_size, width = pages.shape
+    page = 2 * planes * heads * page_size * width * pages.dtype.itemsize  # two slots
     per_chunk = min(_pages_within(CHUNK_TOKENS, page_size), table_width, max(VMEM_BYTES // 2 // page, 1))
-    state = num_heads * ((2 * LANES + head_dim) * 4 + 2 * head_dim * itemsize)
+    state = num_heads * ((2 * LANES + width) * 4 + 2 * width * max(pages.dtype.itemsize, 2))
     block = BLOCK_TOKENS
     while block > 16 and block * state > VMEM_BYTES // 2:
         block //= 2
@@ -46,16 +47,15 @@ def prefill_config(pages: Any, table_width: int, num_heads: int) -> PrefillConfi
 
 def misfit(pages: Any, block_tables: Any) -> str | None:
     """Why the kernels do not serve these shapes; None where they do."""
-    _, _, heads, page_size, head_dim = pages.shape
-    itemsize = jnp.dtype(pages.dtype).itemsize
-    if head_dim % LANES:
-        return f"head_dim {head_dim} is not a multiple of {LANES}"
+    _, planes, heads, page_size, width = pages.shape
+    if width % LANES:
+        return f"K and V of {width} dimensions are planes of their own, as no TPU keeps them"
     if page_size % sublanes(pages.dtype):
         return (
             f"page_size {page_size} is not a multiple of {sublanes(pages.dtype)}, the rows of a tile of {pages.dtype}"
         )
-    if STAGES * 2 * heads * page_size * head_dim * itemsize > VMEM_BYTES:
-        return f"{STAGES} pages of {heads} KV heads, {page_size} tokens and {head_dim} dimensions do not fit into VMEM"
+    if SLOTS * planes * heads * page_size * width * pages.dtype.itemsize > VMEM_BYTES:
+        return f"{SLOTS} pages of {heads} KV heads, {page_size} tokens and {width * planes} numbers of each do not fit into VMEM"
     if block_tables.size * 4 > SMEM_BYTES:
         rows, width = block_tables.shape
         return f"block tables of {rows} rows and {width} pages do not fit into SMEM"
@@ -75,30 +75,33 @@ def attention_pallas(
     scale: float,
     soft_cap: float | None,
     sliding_window: int | jax.Array | None,
+    sinks: jax.Array | None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `ragged_paged_attention`, for rows of one token before rows of more."""
-    table_width, num_tokens = block_tables.shape[1], q.shape[0]
+    table_width, (num_tokens, num_heads, head_dim) = block_tables.shape[1], q.shape
     lengths = query_start_loc[1:] - query_start_loc[:-1]
     num_decodes = (lengths == 1).sum(dtype=jnp.int32)
     window = jnp.asarray(NO_WINDOW if sliding_window is None else sliding_window, jnp.int32)
     window = jnp.where(window > 0, window, NO_WINDOW)
     scalars = jnp.stack([num_decodes, (lengths > 0).sum(dtype=jnp.int32), jnp.asarray(page_offset, jnp.int32), window])
+    start = jnp.full(num_heads, FLOOR) if sinks is None else jnp.maximum(sinks.astype(jnp.float32), FLOOR)
+    start = jnp.broadcast_to(start[:, None], (num_heads, LANES))
+    q, new = jnp.pad(q, ((0, 0), (0, 0), (0, -head_dim % LANES))), to_planes(k, v, pages)
+    options = dict(head_dim=head_dim, scale=scale, soft_cap=soft_cap, interpret=interpret)
     decoded, pages = decode_rows(
-        q, k, v, pages, block_tables, seq_lens, scalars,
-        scale=scale, soft_cap=soft_cap, config=decode_config(pages, table_width), interpret=interpret,
+        q, tuple(words(x, pages.dtype) for x in new), pages, block_tables, seq_lens, scalars, start,
+        config=decode_config(pages, table_width), **options,
     )  # fmt: skip
 
     def head_major(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, -num_tokens % sublanes(x.dtype)), (0, 0), (0, 0))).transpose(1, 0, 2)
 
-    pages = write_rows(
-        head_major(k), head_major(v), pages, block_tables, seq_lens, query_start_loc, scalars, interpret=interpret
-    )
+    tables = (block_tables, seq_lens, query_start_loc, scalars)
+    pages = write_rows(tuple(head_major(x) for x in new), pages, *tables, interpret=interpret)
     attended = attend_rows(
-        head_major(q), pages, block_tables, seq_lens, query_start_loc, scalars,
-        scale=scale, soft_cap=soft_cap, config=prefill_config(pages, table_width, q.shape[1]), interpret=interpret,
-    )  # fmt: skip
+        head_major(q), pages, *tables, start, config=prefill_config(pages, table_width, num_heads), **options
+    )
     token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None, None]
     prefilled = (token >= num_decodes) & (token < query_start_loc[-1])
-    return jnp.where(prefilled, attended.transpose(1, 0, 2)[:num_tokens], decoded), pages
+    return jnp.where(prefilled, attended.transpose(1, 0, 2)[:num_tokens], decoded)[..., :head_dim], pages

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.ragged_paged_attention.paged import FLOOR, LANES, MASKED, PagedShape, page_copies, sublanes
+from tpu_inference.kernels.ragged_paged_attention.paged import (
+    LANES,
+    MASKED,
+    PagedShape,
+    page_starts,
+    sublanes,
+    wait_for_pages,
+)
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -57,9 +64,9 @@ class _WriteShape:
 
 
 def _write_kernel(
-    shape: _WriteShape, scalars, seq_lens, starts, tables, k, v, pages_in, pages, new, page, sems
+    shape: _WriteShape, new_in, scalars, seq_lens, starts, tables, pages_in, pages, new, page, sems
 ) -> None:
-    """One touched page after the other: old content, new tokens over it, back."""
+    """One touched page after the other: old content, new tokens over it, back. `new_in`: a plane's tokens each, [num_kv_heads, T, width]."""
     num_decodes, num_rows, page_offset, _ = (scalars[i] for i in range(4))
     size, tile = shape.page_size, sublanes(shape.dtype)
     position = jax.lax.broadcasted_iota(jnp.int32, (size, page.shape[-1]), 0)
@@ -76,7 +83,7 @@ def _write_kernel(
             copies = [pltpu.make_async_copy(where, page, sems.at[0])]
             copies += [
                 pltpu.make_async_copy(x.at[:, pl.ds(base, shape.read)], new.at[i, :, pl.ds(0, shape.read)], sems.at[1])
-                for i, x in enumerate((k, v))
+                for i, x in enumerate(new_in)
             ]
             for copy in copies:
                 copy.start()
@@ -85,7 +92,7 @@ def _write_kernel(
             # The page's first token to the front; the amount may not be negative.
             turn = jnp.where(token > base, shape.window, 0) - (token - base)
             mine = (position + index * size >= before) & (position + index * size < seq_len)
-            for i in range(2):
+            for i in range(len(new_in)):
                 for head in range(page.shape[1]):
                     rows = pltpu.roll(new[i, head].astype(jnp.float32), turn, 0)[:size]
                     page[i, head] = jnp.where(mine, rows, page[i, head].astype(jnp.float32)).astype(page.dtype)
@@ -159,9 +166,8 @@ class _Prefill:
 
     # DMAs.
 
-    def _page_copies(self, item: _Item, slot: Any) -> list[tuple[Any, Any]]:
-        end = jnp.where(item.valid, item.end + item.shift, 0)
-        return page_copies(self, item.row, item.chunk, self.config.pages_per_chunk, end, slot)
+    def _pages(self, item: _Item, slot: Any) -> tuple[Any, ...]:
+        return item.chunk, self.config.pages_per_chunk, jnp.where(item.valid, item.end + item.shift, 0), slot
 
     def _block(self, block: Any) -> Any:
         size = self.config.block_tokens
@@ -174,12 +180,11 @@ class _Prefill:
         return pltpu.make_async_copy(self.out_stage, self.out.at[:, self._block(block)], self.out_sem)
 
     def fetch(self, item: _Item, slot: Any) -> None:
-        for there, copy in self._page_copies(item, slot):
-            pl.when(there)(copy.start)
+        for start in page_starts(self, item.row, *self._pages(item, slot)):
+            start()
 
     def arrive(self, item: _Item, slot: Any) -> None:
-        for there, copy in self._page_copies(item, slot):
-            pl.when(there)(copy.wait)
+        wait_for_pages(self, *self._pages(item, slot))
 
     # Arithmetic.
 
@@ -196,11 +201,11 @@ class _Prefill:
             visible = (key <= position) & (key > position - self.window) & (token >= item.begin) & (token < item.end)
             bias = jnp.where(visible, 0.0, MASKED)
 
-        ones = jnp.ones((keys, LANES), shape.dtype)
+        ones = jnp.ones((keys, LANES), shape.compute_dtype)
 
         def head(h: Any, carry: None) -> None:
             kv_head = jax.lax.div(h, shape.group)
-            scores = dot(self.q[h], self.kv[slot, 0, kv_head], (((1,), (1,)), ((), ())))
+            scores = dot(self.q[h], shape.keys(self.kv, slot, kv_head), (((1,), (1,)), ((), ())))
             if shape.soft_cap is not None:
                 scores = (shape.soft_cap * LOG2_E) * jnp.tanh(scores * (LN_2 / shape.soft_cap))
             if masked:
@@ -208,13 +213,13 @@ class _Prefill:
             # Maxima and sums are kept in every lane, where repeating them costs nothing.
             old_top = self.top[h]
             top = jnp.maximum(old_top, jnp.broadcast_to(scores.max(axis=1, keepdims=True), (size, LANES)))
-            weights = jnp.exp2(scores - _lanes(top, keys)).astype(shape.dtype)
+            weights = jnp.exp2(scores - _lanes(top, keys)).astype(shape.compute_dtype)
             shrink = jnp.exp2(old_top - top)
             # Columns of ones make the matrix unit sum the weights, of which it has the room.
-            values = jnp.concatenate([self.kv[slot, 1, kv_head], ones], axis=1)
+            values = jnp.concatenate([shape.values(self.kv, slot, kv_head), ones], axis=1)
             out = dot(weights, values, (((1,), (0,)), ((), ())))
-            self.total[h] = self.total[h] * shrink + out[:, shape.head_dim :]
-            self.acc[h] = self.acc[h] * _lanes(shrink, shape.head_dim) + out[:, : shape.head_dim]
+            self.total[h] = self.total[h] * shrink + out[:, shape.v_width :]
+            self.acc[h] = self.acc[h] * _lanes(shrink, shape.v_width) + out[:, : shape.v_width]
             self.top[h] = top
 
         self._heads(head)
@@ -231,15 +236,15 @@ class _Prefill:
         def head(h: Any, carry: None) -> None:
             # Scores are powers of two: one multiplication fewer for each of them.
             self.q[h] = (self.q[h].astype(jnp.float32) * (self.shape.scale * LOG2_E)).astype(self.q.dtype)
-            self.top[h] = jnp.full_like(self.top[h], FLOOR)
-            self.total[h] = jnp.zeros_like(self.total[h])
+            self.top[h] = jnp.broadcast_to(self.sinks[pl.ds(h, 1)] * LOG2_E, self.top.shape[1:])
+            self.total[h] = jnp.ones_like(self.total[h])
             self.acc[h] = jnp.zeros_like(self.acc[h])
 
         self._heads(head)
 
     def _finish_block(self, block: Any) -> None:
         def head(h: Any, carry: None) -> None:
-            self.out_stage[h] = (self.acc[h] / jnp.maximum(self.total[h][:, :1], 1e-30)).astype(self.out_stage.dtype)
+            self.out_stage[h] = self.shape.output(self.acc[h] / self.total[h][:, :1]).astype(self.out_stage.dtype)
 
         self._heads(head)
         copy = self._out_copy(block)
@@ -256,8 +261,8 @@ class _Prefill:
     def run(self) -> None:
         def clear(h: Any, carry: None) -> None:  # what no DMA fills is read, masked: it must be finite
             for slot in range(2):
-                for which in range(2):
-                    self.kv[slot, which, h] = jnp.zeros_like(self.kv[slot, which, h])
+                for plane in range(self.shape.planes):
+                    self.kv[slot, plane, h] = jnp.zeros_like(self.kv[slot, plane, h])
 
         jax.lax.fori_loop(0, self.shape.num_kv_heads, clear, None)
         row = self.num_decodes
@@ -286,34 +291,41 @@ class _Prefill:
 
 
 NAMES = (
-    "scalars", "seq_lens", "starts", "tables", "q_in", "pages", "out",
+    "scalars", "seq_lens", "starts", "tables", "q_in", "sinks", "pages", "out",
     "kv", "q", "out_stage", "top", "total", "acc", "kv_sem", "q_sem", "out_sem",
 )  # fmt: skip
 
 
-def write_rows(k, v, pages, block_tables, seq_lens, query_start_loc, scalars, *, interpret: Any = False) -> jax.Array:
-    """`pages` with the tokens of rows scalars[0]:scalars[1] written; k, v: [num_kv_heads, T, head_dim], T a multiple of a tile."""
-    _, _, num_kv_heads, page_size, head_dim = pages.shape
-    shape = _WriteShape(*block_tables.shape, page_size, k.shape[1], k.dtype)
+def write_rows(new, pages, block_tables, seq_lens, query_start_loc, scalars, *, interpret: Any = False) -> jax.Array:
+    """`pages` with the tokens of rows scalars[0]:scalars[1] written.
+
+    `new` is what each plane gets, [num_kv_heads, T, width], T a multiple of a tile.
+    """
+    _, planes, num_kv_heads, page_size, width = pages.shape
+    shape = _WriteShape(*block_tables.shape, page_size, new[0].shape[1], new[0].dtype)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
+
+    def body(scalars: Any, seq_lens: Any, starts: Any, tables: Any, *refs: Any) -> None:
+        _write_kernel(shape, refs[:planes], scalars, seq_lens, starts, tables, *refs[planes:])
+
     return pl.pallas_call(
-        partial(_write_kernel, shape),
+        body,
         out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(),
-            in_specs=[hbm] * 3,
+            in_specs=[hbm] * (planes + 1),
             out_specs=hbm,
             scratch_shapes=[
-                pltpu.VMEM((2, num_kv_heads, shape.window, head_dim), k.dtype),
-                pltpu.VMEM((2, num_kv_heads, page_size, head_dim), pages.dtype),
+                pltpu.VMEM((planes, num_kv_heads, shape.window, width), new[0].dtype),
+                pltpu.VMEM((planes, num_kv_heads, page_size, width), pages.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        input_output_aliases={6: 0},
+        input_output_aliases={4 + planes: 0},
         name="paged_write",
         interpret=interpret,
-    )(scalars, seq_lens, query_start_loc, block_tables.reshape(-1), k, v, pages)
+    )(scalars, seq_lens, query_start_loc, block_tables.reshape(-1), *new, pages)
 
 
 def attend_rows(
@@ -323,7 +335,9 @@ def attend_rows(
     seq_lens: jax.Array,
     query_start_loc: jax.Array,
     scalars: jax.Array,
+    sinks: jax.Array,
     *,
+    head_dim: int,
     scale: float,
     soft_cap: float | None,
     config: PrefillConfig,
@@ -332,17 +346,18 @@ def attend_rows(
     """Attention of rows scalars[0]:scalars[1] over pages that hold their tokens.
 
     Args:
-        q: [num_heads, T, head_dim], T a multiple of a tile of its dtype.
+        q: [num_heads, T, q_width], T a multiple of a tile of its dtype; lanes from head_dim on are 0.
         scalars: int32 [4]: rows of one token, rows with tokens, page offset, sliding window (NO_WINDOW for none).
+        sinks: float32 [num_heads, LANES], the same in every lane; FLOOR for none.
 
     Returns:
-        [num_heads, T, head_dim]; defined at the tokens of those rows.
+        [num_heads, T, q_width]; its first head_dim lanes are defined at the tokens of those rows.
     """
-    num_heads, num_tokens, head_dim = q.shape
+    num_heads, num_tokens, q_width = q.shape
     num_kv_heads = pages.shape[2]
     config = PrefillConfig(math.gcd(num_tokens, config.block_tokens), config.pages_per_chunk)
     chunk_tokens = config.pages_per_chunk * pages.shape[3]
-    shape = PagedShape.of(num_heads, pages, block_tables, scale, soft_cap, config)
+    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, scale, soft_cap, config)
 
     def body(*refs: Any) -> None:
         _Prefill(shape, dict(zip(NAMES, refs, strict=True))).run()
@@ -354,15 +369,15 @@ def attend_rows(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(),
-            in_specs=[hbm] * 2,
+            in_specs=[hbm, pl.BlockSpec(memory_space=pltpu.VMEM), hbm],
             out_specs=hbm,
             scratch_shapes=[
-                pltpu.VMEM((2, 2, num_kv_heads, chunk_tokens, head_dim), pages.dtype),
-                pltpu.VMEM((num_heads, config.block_tokens, head_dim), q.dtype),
-                pltpu.VMEM((num_heads, config.block_tokens, head_dim), q.dtype),
+                pltpu.VMEM((2, shape.planes, num_kv_heads, chunk_tokens, shape.width), pages.dtype),
+                pltpu.VMEM((*state, q_width), q.dtype),
+                pltpu.VMEM((*state, q_width), q.dtype),
                 pltpu.VMEM((*state, LANES), jnp.float32),
                 pltpu.VMEM((*state, LANES), jnp.float32),
-                pltpu.VMEM((*state, head_dim), jnp.float32),
+                pltpu.VMEM((*state, shape.v_width), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA(()),
                 pltpu.SemaphoreType.DMA(()),
@@ -370,4 +385,4 @@ def attend_rows(
         ),
         name="paged_prefill",
         interpret=interpret,
-    )(scalars, seq_lens, query_start_loc, block_tables.reshape(-1), q, pages)
+    )(scalars, seq_lens, query_start_loc, block_tables.reshape(-1), q, sinks, pages)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.ragged_paged_attention.pages import decode
+from tpu_inference.kernels.ragged_paged_attention.pages import decode, from_planes
 
 MIN_CHUNK = 128
 """Keys handled at once, at least: whole pages."""
@@ -29,6 +29,9 @@ class _Context:
     scale: float
     soft_cap: float | None
     sliding_window: int | jax.Array | None
+    head_dim: int
+    sinks: jax.Array
+    """float32 [K, G]: what the softmax of a head starts from; MASKED for nothing."""
 
     @property
     def page_size(self) -> int:
@@ -56,8 +59,9 @@ class _Context:
         # Past the table's end only masked keys are read.
         ids = self.block_tables[rows[:, None], jnp.minimum(index, self.block_tables.shape[1] - 1)]
         kv = self.pages[ids + self.page_offset]
-        kv = kv.transpose(2, 0, 3, 1, 4, 5).reshape(2, n, kv.shape[3], self.chunk, kv.shape[5])
-        return decode(kv[0]), decode(kv[1])
+        kv = kv.transpose(2, 0, 3, 1, 4, 5).reshape(kv.shape[2], n, kv.shape[3], self.chunk, kv.shape[5])
+        k, v = from_planes(kv, self.head_dim)
+        return decode(k), decode(v)
 
     def partial_softmax(self, q, k, v, positions, chunks):
         """One chunk's part of the softmax.
@@ -111,7 +115,8 @@ def _decode(ctx: _Context, q: jax.Array, positions: jax.Array, active: jax.Array
         out = out * shrink[..., None] + jnp.einsum("rn,nkgd->rkgd", gather, part_out * share[..., None])
         return new_top, total, out
 
-    carry = (jnp.full((num_rows, *heads), MASKED), jnp.zeros((num_rows, *heads)), jnp.zeros(q.shape, jnp.float32))
+    top = jnp.broadcast_to(ctx.sinks, (num_rows, *heads))
+    carry = (top, jnp.ones((num_rows, *heads)), jnp.zeros(q.shape, jnp.float32))
     _, total, out = jax.lax.fori_loop(0, -(-ends[-1] // items), step, carry)
     return out / jnp.maximum(total, 1e-30)[..., None]
 
@@ -150,7 +155,8 @@ def _prefill(ctx: _Context, q: jax.Array, out: jax.Array, seq_lens: jax.Array, q
         low = ctx.first_key(seq_lens[row] - stop + begin) // ctx.chunk
         high = positions.max() // ctx.chunk + 1
         shape = part.shape[:-1]
-        carry = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(part.shape, jnp.float32))
+        sinks = jnp.repeat(ctx.sinks, tile, axis=1)[None]
+        carry = (sinks, jnp.ones(shape), jnp.zeros(part.shape, jnp.float32))
         _, total, acc = jax.lax.fori_loop(low, high, one_chunk, carry)
         acc = (acc / jnp.maximum(total, 1e-30)[..., None]).reshape(num_kv_heads, group, tile, head_dim)
         before = jax.lax.dynamic_slice_in_dim(out, start, tile)
@@ -171,11 +177,15 @@ def attend_xla(
     scale: float,
     soft_cap: float | None,
     sliding_window: int | jax.Array | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """Attention over pages already written; arguments as in `api.ragged_paged_attention`. float32 [T, num_heads, head_dim]."""
     num_tokens, num_heads, head_dim = q.shape
-    ctx = _Context(pages, block_tables, page_offset, scale, soft_cap, sliding_window)
     grouped = q.astype(jnp.float32).reshape(num_tokens, pages.shape[2], -1, head_dim)
+    start = (
+        jnp.full(grouped.shape[1:3], MASKED) if sinks is None else sinks.astype(jnp.float32).reshape(grouped.shape[1:3])
+    )
+    ctx = _Context(pages, block_tables, page_offset, scale, soft_cap, sliding_window, head_dim, start)
     single = (query_start_loc[1:] - query_start_loc[:-1]) == 1
     token = jnp.minimum(query_start_loc[:-1], num_tokens - 1)
     decoded = _decode(ctx, grouped[token], seq_lens - 1, single)

@@ -31,6 +31,8 @@ class ModelFunctions:
     num_kv_heads: int
     """KV heads in the cache over all devices, copies and padding included."""
     head_dim: int
+    platform: str
+    """Of the devices: "tpu" or "cpu"; with head_dim it decides the layout of pages."""
     kv_dtype: Any
     """What the pages are stored as; see `storage_dtype`."""
     flat_kv: bool
