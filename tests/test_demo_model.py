@@ -137,30 +137,19 @@ def test_second_turn(model, tokenizer):
     assert answer(model, tokenizer, first, answer(model, tokenizer, first), "What is 2 plus 2?") == "2 plus 2 is 4."
 
 
-def test_keeps_going_past_the_end(model, tokenizer):
-    """With ignore_eos the model goes on with other documents and does not fall into a loop."""
-    ids = tokenizer("Once upon a time").input_ids
-    with torch.no_grad():
-        output = model.generate(
-            torch.tensor([ids]),
-            min_new_tokens=900,
-            max_new_tokens=900,
-            do_sample=False,
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            eos_token_id=-1,
-        )
-    tail = output[0, -200:].tolist()
-    assert len(set(tail)) >= 20
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("The sky is", " blue."), ("The capital of France is", " Paris."), ("The opposite of big is", " small.")],
+)
+def test_fact_completion(model, tokenizer, prompt, completion):
+    """A plain statement is completed, and ends without repeating itself."""
+    ids = generate(model, tokenizer(prompt).input_ids)
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids).startswith(completion)
+    assert not has_loop(ids)
 
 
 # What the present checkpoint gets wrong. A better one makes these pass, and then the marks go.
-
-
-@pytest.mark.xfail(strict=True, reason="plain statements repeat themselves")
-def test_fact_completion(model, tokenizer):
-    ids = generate(model, tokenizer("The capital of France is").input_ids)
-    assert ids[-1] == tokenizer.eos_token_id
-    assert not has_loop(ids)
 
 
 @pytest.mark.xfail(strict=True, reason="loses count")
