@@ -14,17 +14,26 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from tpu_inference.kernels.ragged_paged_attention import implementation_for, kv_pages_shape, ragged_paged_attention
+from tpu_inference.kernels.ragged_paged_attention import (
+    implementation_for,
+    kv_pages_shape,
+    ragged_paged_attention,
+    storage_dtype,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.aot]
 GENERATIONS = ["v6e:2x2", "v5e:2x2", "tpu7x:2x2x1", "v5p:2x2x1", "v4:2x2x1"]
 
 
-def compile_op(topology, *, tokens, rows, heads, kv_heads, head_dim, page_size, context=2048, dtype=jnp.bfloat16):
+def compile_op(
+    topology, *, tokens, rows, heads, kv_heads, head_dim, page_size, context=2048, dtype=jnp.bfloat16, kv_dtype=None
+):
     """The op's executable, and the bytes of its pages."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     table = context // page_size + 1
-    pages = jax.ShapeDtypeStruct(kv_pages_shape(rows * table, page_size, kv_heads, head_dim, "tpu"), dtype)
+    pages = jax.ShapeDtypeStruct(
+        kv_pages_shape(rows * table, page_size, kv_heads, head_dim, "tpu"), storage_dtype(kv_dtype or dtype, device)
+    )
     new = jax.ShapeDtypeStruct((tokens, kv_heads, head_dim), dtype)
     args = (
         jax.ShapeDtypeStruct((tokens, heads, head_dim), dtype), new, new, pages,
@@ -52,10 +61,20 @@ def test_every_generation(topology, heads, kv_heads):
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 256])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(5, 1, 128), (12, 12, 128), (16, 2, 256), (3, 3, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(5, 1, 128), (12, 12, 64), (16, 2, 256), (3, 3, 96), (6, 2, 192), (4, 2, 80)]
+)
 def test_shapes(page_size, heads, kv_heads, head_dim):
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size)
     check("v5e:2x2", tokens=128, rows=32, **shape)
+
+
+@pytest.mark.parametrize("topology", ["v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("kv_dtype", [jnp.float8_e4m3fn, jnp.int8])
+def test_pages_of_a_byte_a_number(topology, kv_dtype):
+    for head_dim in (64, 128):
+        shape = dict(heads=8, kv_heads=2, head_dim=head_dim, page_size=64, kv_dtype=kv_dtype)
+        check(topology, tokens=128, rows=32, **shape)
 
 
 def test_few_tokens_and_many():

@@ -28,9 +28,10 @@ def test_the_device_decides_the_form(platform, kind, form):
 @given(
     kv_heads=st.integers(1, 64), group=st.integers(1, 16), head_dim=st.sampled_from([64, 80, 96, 128, 192, 256]),
     page_size=st.sampled_from([16, 32, 64, 128, 256]), table=st.integers(1, 600),
+    tokens=st.sampled_from([16, 64, 575, 2048]),
     dtype=st.sampled_from([jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32]),
 )  # fmt: skip
-def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_size, table, dtype):
+def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_size, table, tokens, dtype):
     pages = jax.ShapeDtypeStruct(kv_pages_shape(8, page_size, kv_heads, head_dim, "tpu"), dtype)
     if pallas.misfit(pages, jax.ShapeDtypeStruct((8, table), jnp.int32)):
         return
@@ -38,10 +39,11 @@ def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_
     decode = pallas.decode_config(pages, table)
     assert 1 <= decode.pages_per_item <= table
     assert decode.slots * decode.pages_per_item * page <= pallas.VMEM_BYTES
-    prefill = pallas.prefill_config(pages, table, kv_heads * group)
+    prefill = pallas.prefill_config(pages, table, group, tokens)
     assert 1 <= prefill.pages_per_chunk <= table
     assert prefill.block_tokens % 16 == 0
-    assert 2 * prefill.pages_per_chunk * page <= pallas.VMEM_BYTES
+    assert prefill.block_tokens < 2 * max(tokens, 16)
+    assert prefill.block_tokens * group <= max(pallas.BLOCK_QUERIES, 16 * group)
 
 
 @pytest.mark.parametrize(

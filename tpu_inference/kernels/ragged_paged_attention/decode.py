@@ -22,6 +22,7 @@ from tpu_inference.kernels.ragged_paged_attention.paged import (
     MASKED,
     PagedShape,
     page_starts,
+    pieces_between,
     sublanes,
     wait_for_pages,
 )
@@ -49,18 +50,6 @@ class _Item:
     first: Any
     last: Any
     valid: Any
-
-
-def _between(starts: list[Callable[[], None]], pieces: int) -> Callable[[Callable], jax.Array]:
-    """Makes products one by one, and calls some of `starts` before each of the `pieces` of them."""
-    left = iter(range(pieces, 0, -1))
-
-    def piece(product: Callable[[], jax.Array]) -> jax.Array:
-        for _ in range(-(-len(starts) // next(left))):
-            starts.pop(0)()
-        return product()
-
-    return piece
 
 
 class _Decode:
@@ -256,7 +245,7 @@ class _Decode:
             self.arrive(item, slot)
             self.insert(item, slot)
             scores = self.scores[...]
-            piece = _between(self.fetch(coming, free), 2 * self.shape.num_kv_heads * len(self._pieces()))
+            piece = pieces_between(self.fetch(coming, free), 2 * self.shape.num_kv_heads * len(self._pieces()))
             next_scores = self.score(slot, piece)
             part = self.partial_softmax(done, slot_before, scores, piece)
             self.scores[...] = next_scores

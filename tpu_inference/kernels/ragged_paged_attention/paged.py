@@ -95,19 +95,48 @@ class PagedShape:
         """[tokens, v_width] of `kv[slot]` of one head."""
         return kv[slot, self.planes - 1, head, tokens, self.v_start :].astype(self.compute_dtype)
 
+    @property
+    def value_lane(self) -> int:
+        """Where V begins, of the lanes read for it."""
+        return 0 if self.planes == 2 else self.head_dim - self.v_start
+
+    @property
+    def value_rows(self) -> int:
+        """Of V transposed, with at least one of ones."""
+        return (self.head_dim // 16 + 1) * 16
+
     def output(self, values: jax.Array) -> jax.Array:
         """[N, q_width] with the output of a head in front, of [N, v_width]."""
-        shift = 0 if self.planes == 2 else self.head_dim - self.v_start
-        return (pltpu.roll(values, self.v_width - shift, 1) if shift else values)[:, : self.q_width]
+        if self.value_lane:
+            values = pltpu.roll(values, self.v_width - self.value_lane, 1)
+        return values[:, : self.q_width]
 
     def table_index(self, row: Any, index: Any) -> Any:
         """Where the flat table holds a row's page; somewhere in it past the end of rows or of a row's pages."""
         return jnp.minimum(row * self.table_width + index, self.num_rows * self.table_width - 1)
 
 
-def page_starts(kernel: Any, row: Any, chunk: Any, count: int, end: Any, slot: Any) -> list[Callable[[], None]]:
-    """What starts the copies of the `count` pages of a row's chunk into `kernel.kv[slot]`, one by one; no page starts at position `end` or after."""
+def pieces_between(starts: list[Callable[[], None]], pieces: int) -> Callable[[Callable], Any]:
+    """Makes pieces of arithmetic one by one, and calls some of `starts` before each of the `pieces` of them."""
+    left = iter(range(pieces, 0, -1))
+
+    def piece(make: Callable[[], Any]) -> Any:
+        for _ in range(-(-len(starts) // next(left))):
+            starts.pop(0)()
+        return make()
+
+    return piece
+
+
+def page_starts(
+    kernel: Any, row: Any, chunk: Any, count: int, end: Any, slot: Any, head: Any = None
+) -> list[Callable[[], None]]:
+    """What starts the copies of the `count` pages of a row's chunk into `kernel.kv[slot]`, one by one; no page starts at position `end` or after.
+
+    All KV heads, or `head` alone.
+    """
     shape = kernel.shape
+    heads = pl.ds(0, shape.num_kv_heads) if head is None else pl.ds(head, 1)
 
     def start(j: int) -> None:
         index = chunk * count + j
@@ -116,7 +145,7 @@ def page_starts(kernel: Any, row: Any, chunk: Any, count: int, end: Any, slot: A
         def _() -> None:
             page = kernel.tables[shape.table_index(row, index)] + kernel.page_offset
             target = kernel.kv.at[slot, :, :, pl.ds(j * shape.page_size, shape.page_size)]
-            pltpu.make_async_copy(kernel.pages.at[page], target, kernel.kv_sem.at[slot]).start()
+            pltpu.make_async_copy(kernel.pages.at[page, :, heads], target, kernel.kv_sem.at[slot]).start()
 
     return [partial(start, j) for j in range(count)]
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from tpu_inference.kernels.ragged_paged_attention.decode import DecodeConfig, decode_rows, words
 from tpu_inference.kernels.ragged_paged_attention.paged import FLOOR, NO_WINDOW, sublanes
 from tpu_inference.kernels.ragged_paged_attention.pages import LANES, to_planes
-from tpu_inference.kernels.ragged_paged_attention.prefill import PrefillConfig, attend_rows, write_rows
+from tpu_inference.kernels.ragged_paged_attention.prefill import PrefillConfig, attend_rows, q_factor
+from tpu_inference.kernels.ragged_paged_attention.write import write_rows
 
 # Bytes in flight hide the latency of HBM: an item is large enough that its DMAs take longer than its scalar work, and small enough for a ring.
 MAX_ITEM_BYTES, MIN_ITEM_BYTES, ITEM_TOKENS, SLOTS = 2**20, 2**19, 1024, 5
-CHUNK_TOKENS, BLOCK_TOKENS = 512, 128
+CHUNK_TOKENS, BLOCK_QUERIES, MAX_BLOCK_TOKENS, MIN_BLOCK_TOKENS = 1024, 1280, 512, 16
 VMEM_BYTES = 12 * 2**20
 """Of the 16 MiB that a kernel gets by default on the smallest chip; the rest is for what the compiler keeps."""
 SMEM_BYTES = 3 * 2**18
@@ -33,16 +34,12 @@ def decode_config(pages: Any, table_width: int) -> DecodeConfig:
     return DecodeConfig(pages_per_item=per_item, slots=SLOTS)
 
 
-def prefill_config(pages: Any, table_width: int, num_heads: int) -> PrefillConfig:
-    """Blocks for pages and rows as above; fewer tokens where many heads' running softmax would not fit."""
-    _, planes, heads, page_size, width = pages.shape
-    page = 2 * planes * heads * page_size * width * pages.dtype.itemsize  # two slots
-    per_chunk = min(_pages_within(CHUNK_TOKENS, page_size), table_width, max(VMEM_BYTES // 2 // page, 1))
-    state = num_heads * ((2 * LANES + width) * 4 + 2 * width * max(pages.dtype.itemsize, 2))
-    block = BLOCK_TOKENS
-    while block > 16 and block * state > VMEM_BYTES // 2:
+def prefill_config(pages: Any, table_width: int, group: int, num_tokens: int) -> PrefillConfig:
+    """Blocks for `num_tokens` tokens of `group` query heads a KV head, and pages and rows as above."""
+    block = MAX_BLOCK_TOKENS
+    while block > MIN_BLOCK_TOKENS and (block * group > BLOCK_QUERIES or block >= 2 * num_tokens):
         block //= 2
-    return PrefillConfig(block, per_chunk)
+    return PrefillConfig(block, min(_pages_within(CHUNK_TOKENS, pages.shape[3]), table_width))
 
 
 def misfit(pages: Any, block_tables: Any) -> str | None:
@@ -88,20 +85,28 @@ def attention_pallas(
     start = jnp.full(num_heads, FLOOR) if sinks is None else jnp.maximum(sinks.astype(jnp.float32), FLOOR)
     start = jnp.broadcast_to(start[:, None], (num_heads, LANES))
     q, new = jnp.pad(q, ((0, 0), (0, 0), (0, -head_dim % LANES))), to_planes(k, v, pages)
-    options = dict(head_dim=head_dim, scale=scale, soft_cap=soft_cap, interpret=interpret)
+    options = dict(head_dim=head_dim, soft_cap=soft_cap, interpret=interpret)
+    # Rows of one token come first: of each the token is the row's number.
+    first = min(num_tokens, block_tables.shape[0])
     decoded, pages = decode_rows(
-        q, tuple(words(x, pages.dtype) for x in new), pages, block_tables, seq_lens, scalars, start,
-        config=decode_config(pages, table_width), **options,
+        q[:first], tuple(words(x[:first], pages.dtype) for x in new), pages, block_tables, seq_lens, scalars, start,
+        scale=scale, config=decode_config(pages, table_width), **options,
     )  # fmt: skip
+    blocks = prefill_config(pages, table_width, num_heads // k.shape[1], num_tokens)
+    padding = -num_tokens % max(blocks.block_tokens, sublanes(pages.dtype))
 
-    def head_major(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, -num_tokens % sublanes(x.dtype)), (0, 0), (0, 0))).transpose(1, 0, 2)
+    def flat(x: jax.Array) -> jax.Array:
+        return jnp.pad(x.reshape(num_tokens, -1), ((0, padding), (0, 0)))
 
     tables = (block_tables, seq_lens, query_start_loc, scalars)
-    pages = write_rows(tuple(head_major(x) for x in new), pages, *tables, interpret=interpret)
+    pages = write_rows(tuple(flat(x.astype(pages.dtype)) for x in new), pages, *tables, interpret=interpret)
+    scaled = (q.astype(jnp.float32) * q_factor(scale)).astype(q.dtype)
     attended = attend_rows(
-        head_major(q), pages, *tables, start, config=prefill_config(pages, table_width, num_heads), **options
-    )
-    token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None, None]
-    prefilled = (token >= num_decodes) & (token < query_start_loc[-1])
-    return jnp.where(prefilled, attended.transpose(1, 0, 2)[:num_tokens], decoded)[..., :head_dim], pages
+        flat(scaled), pages, *tables, start,
+        num_heads=num_heads, windowed=sliding_window is not None, config=blocks, **options,
+    )[:num_tokens]  # fmt: skip
+    token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
+    attended = jnp.where(token < query_start_loc[-1], attended, 0)  # nobody wrote what no row owns
+    decoded = jnp.where(token[:first] < num_decodes, decoded.reshape(first, -1), attended[:first])
+    out = jax.lax.dynamic_update_slice_in_dim(attended, decoded, 0, 0).reshape(num_tokens, num_heads, -1)
+    return out[..., :head_dim], pages

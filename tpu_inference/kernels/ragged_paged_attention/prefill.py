@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Pallas kernels of rows with several tokens: one writes their K and V into pages, one attends over the pages.
+"""The Pallas kernel of rows with several tokens: attends over pages that hold them.
 
-Arrays are head-major, so that a head's tokens are a matrix of their own. Tokens go in blocks at multiples of `block_tokens`, whatever rows they
-belong to: a block visits every row it has tokens of, and a mask keeps each token to its own row.
+Tokens go in blocks at multiples of `block_tokens`, whatever rows they belong to: a block visits every row it has tokens of, one KV head at a time,
+and a mask keeps each token to its own row. Queries and outputs are [tokens, heads x width], as projections have them.
+
+Scores are transposed: keys along sublanes, queries along lanes. The maximum over keys is then a tree of plain vector maxima, and both products give
+the matrix units their full width. Scores of a few tiles are under way before the softmax of the first, in one stretch of code as long as the
+chunk, since the compiler's scheduler does not look beyond it.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +24,21 @@ from tpu_inference.kernels.ragged_paged_attention.paged import (
     MASKED,
     PagedShape,
     page_starts,
-    sublanes,
+    pieces_between,
     wait_for_pages,
 )
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+
+
+def q_factor(scale: float) -> float:
+    """What queries are multiplied by: scores are powers of two, which saves a multiplication for each."""
+    return scale * LOG2_E
+
+
+SUBLANES, TILE, AHEAD = 8, 256, 6
+"""Registers have 8 rows; a tile of scores is as wide and deep as a matrix unit of v6e; scores are this many tiles ahead of their softmax."""
 
 
 @dataclass(frozen=True)
@@ -37,82 +50,12 @@ class PrefillConfig:
     pages_per_chunk: int
 
 
-def _lanes(x: jax.Array, width: int) -> jax.Array:
-    """`x` [N, LANES], the same in every lane, as [N, width]."""
-    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
-
-
-# ----------------------------------------------------------------------------------------------------- writing K and V
-
-
-@dataclass(frozen=True)
-class _WriteShape:
-    num_rows: int
-    table_width: int
-    page_size: int
-    num_tokens: int
-    dtype: Any
-
-    @property
-    def window(self) -> int:
-        """Tokens read for a page: those of the page, from the tile that its first one is in."""
-        return self.page_size + sublanes(self.dtype)
-
-    @property
-    def read(self) -> int:
-        return min(self.window, self.num_tokens)
-
-
-def _write_kernel(
-    shape: _WriteShape, new_in, scalars, seq_lens, starts, tables, pages_in, pages, new, page, sems
-) -> None:
-    """One touched page after the other: old content, new tokens over it, back. `new_in`: a plane's tokens each, [num_kv_heads, T, width]."""
-    num_decodes, num_rows, page_offset, _ = (scalars[i] for i in range(4))
-    size, tile = shape.page_size, sublanes(shape.dtype)
-    position = jax.lax.broadcasted_iota(jnp.int32, (size, page.shape[-1]), 0)
-
-    def row(r: Any, carry: None) -> None:
-        start, stop, seq_len = starts[r], starts[r + 1], seq_lens[r]
-        before = seq_len - (stop - start)
-
-        def write(index: Any, carry: None) -> None:
-            where = pages.at[tables[r * shape.table_width + index] + page_offset]
-            token = start + index * size - before  # of the page's first position; perhaps another row's, or below 0
-            base = jnp.clip(token, 0, shape.num_tokens - shape.read)
-            base = pl.multiple_of(jax.lax.div(base, tile) * tile, tile)
-            copies = [pltpu.make_async_copy(where, page, sems.at[0])]
-            copies += [
-                pltpu.make_async_copy(x.at[:, pl.ds(base, shape.read)], new.at[i, :, pl.ds(0, shape.read)], sems.at[1])
-                for i, x in enumerate(new_in)
-            ]
-            for copy in copies:
-                copy.start()
-            for copy in copies:
-                copy.wait()
-            # The page's first token to the front; the amount may not be negative.
-            turn = jnp.where(token > base, shape.window, 0) - (token - base)
-            mine = (position + index * size >= before) & (position + index * size < seq_len)
-            for i in range(len(new_in)):
-                for head in range(page.shape[1]):
-                    rows = pltpu.roll(new[i, head].astype(jnp.float32), turn, 0)[:size]
-                    page[i, head] = jnp.where(mine, rows, page[i, head].astype(jnp.float32)).astype(page.dtype)
-            back = pltpu.make_async_copy(page, where, sems.at[0])
-            back.start()
-            back.wait()
-
-        jax.lax.fori_loop(jax.lax.div(before, size), jax.lax.div(seq_len - 1, size) + 1, write, None)
-
-    jax.lax.fori_loop(num_decodes, num_rows, row, None)
-
-
-# ----------------------------------------------------------------------------------------------------------- attention
-
-
 @dataclass
 class _Item:
-    """A chunk of a row's context, for the tokens that a block has of the row."""
+    """A chunk of a row's context, for one KV head and the tokens that a block has of the row."""
 
     block: Any
+    head: Any
     row: Any
     chunk: Any
     begin: Any
@@ -124,17 +67,29 @@ class _Item:
     valid: Any
 
 
+def _tiles(length: int) -> list[pl.Slice]:
+    return [pl.ds(start, min(TILE, length - start)) for start in range(0, length, TILE)]
+
+
+def _by_rows(x: jax.Array) -> jax.Array:
+    """[rows, N] as registers of eight rows."""
+    return x.reshape(-1, SUBLANES, x.shape[1])
+
+
 class _Prefill:
     """The kernel's body, in stages; one instance a trace."""
 
     def __init__(self, shape: PagedShape, refs: dict[str, Any]) -> None:
         self.shape, self.config = shape, shape.config
         self.chunk_tokens = self.config.pages_per_chunk * shape.page_size
+        self.queries = shape.group * self.config.block_tokens
         self.__dict__.update(refs)
         self.num_decodes, self.num_rows, self.page_offset, self.window = (self.scalars[i] for i in range(4))
 
-    def at(self, block: Any, row: Any, chunk: Any) -> _Item:
-        """The item at `chunk`, or at the pair's first one where that is -1."""
+    # The list of items: blocks, of each the KV heads, of each the rows, of each the chunks.
+
+    def at(self, block: Any, head: Any, row: Any, chunk: Any) -> _Item:
+        """The item at `chunk`, or at the first one of block, head and row where that is -1."""
         shape, size = self.shape, self.config.block_tokens
         row_in = jnp.minimum(row, shape.num_rows - 1)
         start, stop = self.starts[row_in], self.starts[row_in + 1]
@@ -143,189 +98,224 @@ class _Prefill:
         first = jax.lax.div(jnp.maximum(begin + shift - self.window + 1, 0), self.chunk_tokens)
         last = jax.lax.div(jnp.maximum(end - 1 + shift, 0), self.chunk_tokens)
         chunk = jnp.where(chunk < 0, first, chunk)
-        return _Item(block, row, chunk, begin, end, shift, last, row < self.num_rows)
+        return _Item(block, head, row, chunk, begin, end, shift, last, row < self.num_rows)
 
-    def ends_pair(self, item: _Item) -> Any:
-        return item.chunk >= item.last
-
-    def ends_block(self, item: _Item) -> Any:
-        """Whether no later row has tokens in the block."""
-        row_in = jnp.minimum(item.row, self.shape.num_rows - 1)
-        limit = (item.block + 1) * self.config.block_tokens
-        return self.ends_pair(item) & ((self.starts[row_in + 1] >= limit) | (item.row + 1 >= self.num_rows))
-
-    def after(self, item: _Item) -> tuple[Any, Any, Any]:
-        """(block, row, chunk) of the next item."""
+    def _next_row(self, item: _Item) -> tuple[Any, Any]:
+        """(whether the block ends with the item's row, the first row of the block after it)."""
         row_in = jnp.minimum(item.row, self.shape.num_rows - 1)
         stop, limit = self.starts[row_in + 1], (item.block + 1) * self.config.block_tokens
-        pair = self.ends_pair(item)
-        row = jnp.where(pair & (stop <= limit), item.row + 1, item.row)
-        # A row that ends with the block: the next one starts in the next block.
-        block = jnp.where(pair & (stop >= limit), item.block + 1, item.block)
-        return block, row, jnp.where(pair, -1, item.chunk + 1)
+        return (stop >= limit) | (item.row + 1 >= self.num_rows), jnp.where(stop > limit, item.row, item.row + 1)
+
+    def ends_head(self, item: _Item) -> Any:
+        """Whether the item is the last of its block and head."""
+        return (item.chunk >= item.last) & self._next_row(item)[0]
+
+    def after(self, item: _Item, first_row: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """(block, head, row, chunk) of the next item, and the first row of its block; `first_row` is that of the item's."""
+        row_ends = item.chunk >= item.last
+        block_ends, next_row = self._next_row(item)
+        head_ends = row_ends & block_ends
+        last_head = item.head + 1 >= self.shape.num_kv_heads
+        next_block = head_ends & last_head
+        # A row that ends with the block: the next one starts in the next block, or later.
+        block = jnp.where(next_block, item.block + 1, item.block)
+        head = jnp.where(head_ends, jnp.where(last_head, 0, item.head + 1), item.head)
+        first = jnp.where(next_block, next_row, first_row)
+        row = jnp.where(
+            next_block, next_row, jnp.where(head_ends, first_row, jnp.where(row_ends, item.row + 1, item.row))
+        )
+        return block, head, row, jnp.where(row_ends, -1, item.chunk + 1), first
 
     # DMAs.
 
     def _pages(self, item: _Item, slot: Any) -> tuple[Any, ...]:
         return item.chunk, self.config.pages_per_chunk, jnp.where(item.valid, item.end + item.shift, 0), slot
 
-    def _block(self, block: Any) -> Any:
+    def _block_of(self, array: Any, block: Any, head: Any) -> Any:
+        """The queries of a KV head, [block_tokens, group x width]."""
+        size, width = self.config.block_tokens, self.shape.group * self.shape.q_width
+        tokens = pl.ds(pl.multiple_of(block * size, size), size)
+        return array.at[tokens, pl.ds(pl.multiple_of(head * width, LANES), width)]
+
+    def _lanes(self, g: int) -> pl.Slice:
+        """Of a head of the group."""
+        return pl.ds(g * self.shape.q_width, self.shape.q_width)
+
+    def _queries(self, q_slot: Any, q: pl.Slice) -> jax.Array:
+        """[queries, q_width] of a tile: of one head of the group, or of all tokens of a few."""
         size = self.config.block_tokens
-        return pl.ds(pl.multiple_of(block * size, size), size)
+        parts = []
+        for g in range(q.start // size, -(-(q.start + q.size) // size)):
+            begin, end = max(q.start - g * size, 0), min(q.start + q.size - g * size, size)
+            parts.append(self.q[q_slot, pl.ds(begin, end - begin), self._lanes(g)])
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def _q_copy(self, block: Any) -> Any:
-        return pltpu.make_async_copy(self.q_in.at[:, self._block(block)], self.q, self.q_sem)
+    def _q_copy(self, block: Any, head: Any, slot: Any) -> Any:
+        return pltpu.make_async_copy(self._block_of(self.q_in, block, head), self.q.at[slot], self.q_sem.at[slot])
 
-    def _out_copy(self, block: Any) -> Any:
-        return pltpu.make_async_copy(self.out_stage, self.out.at[:, self._block(block)], self.out_sem)
-
-    def fetch(self, item: _Item, slot: Any) -> None:
-        for start in page_starts(self, item.row, *self._pages(item, slot)):
-            start()
-
-    def arrive(self, item: _Item, slot: Any) -> None:
-        wait_for_pages(self, *self._pages(item, slot))
+    def _out_copy(self, block: Any, head: Any) -> Any:
+        return pltpu.make_async_copy(self.out_stage, self._block_of(self.out, block, head), self.out_sem)
 
     # Arithmetic.
 
-    def attend(self, item: _Item, slot: Any, *, masked: bool) -> None:
-        """Every head's running softmax, after an item; unmasked where each token sees every key of it."""
+    def _dot(self, x: jax.Array, y: jax.Array, y_axis: int) -> jax.Array:
+        contract = (((1,), (y_axis,)), ((), ()))
+        return jax.lax.dot_general(x, y, contract, preferred_element_type=jnp.float32, precision=self.shape.precision)
+
+    def _begin(self, item: _Item) -> None:
+        """The running softmax of a block's queries of a KV head."""
         shape, size = self.shape, self.config.block_tokens
-        keys = self.chunk_tokens
-        dot = partial(jax.lax.dot_general, preferred_element_type=jnp.float32, precision=shape.precision)
+        for g in range(shape.group):
+            sink = self.sinks[pl.ds(item.head * shape.group + g, 1)] * LOG2_E
+            lanes = pl.ds(g * size, size)
+            self.top[:, lanes] = jnp.broadcast_to(sink[:, :1], (SUBLANES, size))
+        # The sum of weights lies below the values: a sink's weight is 1.
+        self.acc[: shape.head_dim] = jnp.zeros((shape.head_dim, self.queries), jnp.float32)
+        self.acc[shape.head_dim :] = jnp.ones((shape.value_rows - shape.head_dim, self.queries), jnp.float32)
+
+    def _find_reach(self, item: _Item) -> None:
+        """For queries along lanes the last key they see, of the chunk, less the row of the register; nothing for tokens of other rows."""
+        size = self.config.block_tokens
+        tile = (SUBLANES, self.queries)
+        token = item.block * size + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, tile, 1), jnp.int32(size))
+        mine = (token >= item.begin) & (token < item.end)
+        reach = token + (item.shift - item.chunk * self.chunk_tokens) - jax.lax.broadcasted_iota(jnp.int32, tile, 0)
+        self.reach[...] = jnp.where(mine, reach, -(2**30))
+
+    def _transpose_values(self, slot: Any, tokens: int) -> None:
+        """V of the chunk's first `tokens`, on its side, over rows of ones: the matrix unit sums the weights."""
+        shape = self.shape
+        skip = shape.value_lane
+        for tile in _tiles(tokens):
+            values = shape.values(self.kv, slot, 0, tile).T
+            self.v[: shape.head_dim, tile] = values[skip : skip + shape.head_dim]
+
+    def _score(self, slots: tuple, q: pl.Slice, k: pl.Slice, masked: bool) -> tuple[jax.Array, jax.Array]:
+        """(scores [keys, queries] of a tile, the maximum of every eighth row)."""
+        shape, (slot, q_slot) = self.shape, slots
+        scores = self._dot(shape.keys(self.kv, slot, 0, k), self._queries(q_slot, q).astype(shape.compute_dtype), 1)
+        if shape.soft_cap is not None:
+            scores = (shape.soft_cap * LOG2_E) * jnp.tanh(scores * (LN_2 / shape.soft_cap))
         if masked:
-            # The same for every head and every query head of a group.
-            token = item.block * size + jax.lax.broadcasted_iota(jnp.int32, (size, keys), 0)
-            key = item.chunk * keys + jax.lax.broadcasted_iota(jnp.int32, (size, keys), 1)
-            position = token + item.shift
-            visible = (key <= position) & (key > position - self.window) & (token >= item.begin) & (token < item.end)
-            bias = jnp.where(visible, 0.0, MASKED)
+            register = k.start + SUBLANES * jax.lax.broadcasted_iota(jnp.int32, (k.size // SUBLANES, 1, 1), 0)
+            reach = self.reach[:, q][None]
+            visible = reach >= register
+            if self.windowed:
+                visible &= reach - self.window < register
+            scores = jnp.where(visible, _by_rows(scores), MASKED).reshape(scores.shape)
+        return scores, _by_rows(scores).max(axis=0)
 
-        ones = jnp.ones((keys, LANES), shape.compute_dtype)
+    def _accumulate(self, q: pl.Slice, k: pl.Slice, scores: jax.Array, top: jax.Array) -> None:
+        """The running softmax of the tile's queries, after its keys; maxima are the same in all eight rows."""
+        old = self.top[:, q]
+        top = jnp.maximum(old, jnp.broadcast_to(top.max(axis=0, keepdims=True), top.shape))
+        # A power of bfloat16 costs v6e and tpu7x half of one of float32, and is rounded to it for the product anyway.
+        weights = jnp.exp2((_by_rows(scores) - top).reshape(scores.shape).astype(self.v.dtype))
+        out = self._dot(self.v[:, k], weights, 0)
+        acc = _by_rows(self.acc[:, q]) * jnp.exp2(old - top) + _by_rows(out)
+        self.top[:, q], self.acc[:, q] = top, acc.reshape(out.shape)
 
-        def head(h: Any, carry: None) -> None:
-            kv_head = jax.lax.div(h, shape.group)
-            scores = dot(self.q[h], shape.keys(self.kv, slot, kv_head), (((1,), (1,)), ((), ())))
-            if shape.soft_cap is not None:
-                scores = (shape.soft_cap * LOG2_E) * jnp.tanh(scores * (LN_2 / shape.soft_cap))
-            if masked:
-                scores = scores + bias
-            # Maxima and sums are kept in every lane, where repeating them costs nothing.
-            old_top = self.top[h]
-            top = jnp.maximum(old_top, jnp.broadcast_to(scores.max(axis=1, keepdims=True), (size, LANES)))
-            weights = jnp.exp2(scores - _lanes(top, keys)).astype(shape.compute_dtype)
-            shrink = jnp.exp2(old_top - top)
-            # Columns of ones make the matrix unit sum the weights, of which it has the room.
-            values = jnp.concatenate([shape.values(self.kv, slot, kv_head), ones], axis=1)
-            out = dot(weights, values, (((1,), (0,)), ((), ())))
-            self.total[h] = self.total[h] * shrink + out[:, shape.v_width :]
-            self.acc[h] = self.acc[h] * _lanes(shrink, shape.v_width) + out[:, : shape.v_width]
-            self.top[h] = top
+    def attend(self, item: _Item, slots: tuple, tokens: int, starts: list[Callable[[], None]], *, masked: bool) -> None:
+        """The chunk's first `tokens` keys; `starts` are called on the way."""
+        self._transpose_values(slots[0], tokens)
+        if masked:
+            self._find_reach(item)
+        # Neighbours are of different queries, and so are independent.
+        todo = [(q, k) for k in _tiles(tokens) for q in _tiles(self.queries)]
+        between = pieces_between(starts, len(todo))
+        scores: list[tuple[jax.Array, jax.Array]] = []
+        for step in range(len(todo) + AHEAD):
+            if step < len(todo):
+                scores.append(between(partial(self._score, slots, *todo[step], masked)))
+            if step >= AHEAD:
+                self._accumulate(*todo[step - AHEAD], *scores.pop(0))
 
-        self._heads(head)
+    def _finish(self, item: _Item) -> None:
+        shape, size = self.shape, self.config.block_tokens
+        dim = shape.head_dim
+        for g in range(shape.group):
+            lanes = pl.ds(g * size, size)
+            out = self.acc[:dim, lanes] / self.acc[dim : dim + 1, lanes]
+            out = (
+                jnp.concatenate([out, jnp.zeros((shape.q_width - dim, size), out.dtype)])
+                if shape.q_width > dim
+                else out
+            )
+            self.out_stage[:, self._lanes(g)] = out.T.astype(self.out_stage.dtype)
+        self._out_copy(item.block, item.head).start()
 
-    def _heads(self, body: Any) -> None:
-        # Two heads side by side hide each other's latencies.
-        jax.lax.fori_loop(0, self.shape.num_heads, body, None, unroll=2 - self.shape.num_heads % 2)
-
-    def _begin_block(self, block: Any) -> None:
-        copy = self._q_copy(block)
-        copy.start()
-        copy.wait()
-
-        def head(h: Any, carry: None) -> None:
-            # Scores are powers of two: one multiplication fewer for each of them.
-            self.q[h] = (self.q[h].astype(jnp.float32) * (self.shape.scale * LOG2_E)).astype(self.q.dtype)
-            self.top[h] = jnp.broadcast_to(self.sinks[pl.ds(h, 1)] * LOG2_E, self.top.shape[1:])
-            self.total[h] = jnp.ones_like(self.total[h])
-            self.acc[h] = jnp.zeros_like(self.acc[h])
-
-        self._heads(head)
-
-    def _finish_block(self, block: Any) -> None:
-        def head(h: Any, carry: None) -> None:
-            self.out_stage[h] = self.shape.output(self.acc[h] / self.total[h][:, :1]).astype(self.out_stage.dtype)
-
-        self._heads(head)
-        copy = self._out_copy(block)
-        copy.start()
-        copy.wait()
-
-    def _sees_all(self, item: _Item) -> Any:
-        """Whether the block is the row's alone, and each of its tokens sees every key of the chunk."""
-        size, keys = self.config.block_tokens, self.chunk_tokens
-        own = (item.begin == item.block * size) & (item.end == item.begin + size)
-        causal = (item.chunk + 1) * keys - 1 <= item.begin + item.shift
-        return own & causal & (item.chunk * keys > item.end - 1 + item.shift - self.window)
+    # The loop.
 
     def run(self) -> None:
-        def clear(h: Any, carry: None) -> None:  # what no DMA fills is read, masked: it must be finite
-            for slot in range(2):
-                for plane in range(self.shape.planes):
-                    self.kv[slot, plane, h] = jnp.zeros_like(self.kv[slot, plane, h])
-
-        jax.lax.fori_loop(0, self.shape.num_kv_heads, clear, None)
+        shape, size = self.shape, self.config.block_tokens
+        self.kv[...] = jnp.zeros_like(self.kv)  # what no DMA fills is read, masked: it must be finite
+        ones = shape.head_dim // 16 * 16
+        self.v[ones:] = jnp.ones((shape.value_rows - ones, self.chunk_tokens), self.v.dtype)
         row = self.num_decodes
-        start = (
-            jax.lax.div(self.starts[jnp.minimum(row, self.shape.num_rows - 1)], self.config.block_tokens),
-            row,
-            jnp.int32(-1),
-        )
-        self.fetch(self.at(*start), 0)
+        block = jax.lax.div(self.starts[jnp.minimum(row, shape.num_rows - 1)], size)
+        start = (block, jnp.int32(0), row, jnp.int32(-1), row)
+
+        @pl.when(row < self.num_rows)
+        def _() -> None:
+            self._q_copy(block, 0, 0).start()
+
+        first = self.at(*start[:4])
+        for begin in page_starts(self, first.row, *self._pages(first, 0), head=first.head):
+            begin()
 
         def step(carry: tuple) -> tuple:
-            place, slot, new_block = carry
-            item = self.at(*place)
-            following = self.after(item)
-            pl.when(new_block)(lambda: self._begin_block(item.block))
-            self.fetch(self.at(*following), 1 - slot)
-            self.arrive(item, slot)
-            sees_all = self._sees_all(item)
-            pl.when(sees_all)(lambda: self.attend(item, slot, masked=False))
-            pl.when(~sees_all)(lambda: self.attend(item, slot, masked=True))
-            ends = self.ends_block(item)
-            pl.when(ends)(lambda: self._finish_block(item.block))
-            return following, 1 - slot, ends
+            place, slot, q_slot, begins, out_busy = carry
+            item = self.at(*place[:4])
+            following = self.after(item, place[4])
+            coming, ends = self.at(*following[:4]), self.ends_head(item)
 
-        jax.lax.while_loop(lambda carry: carry[0][1] < self.num_rows, step, (start, jnp.int32(0), jnp.bool_(True)))
+            @pl.when(begins)
+            def _() -> None:
+                self._q_copy(item.block, item.head, q_slot).wait()
+                self._begin(item)
+
+            @pl.when(ends & coming.valid)
+            def _() -> None:
+                self._q_copy(coming.block, coming.head, 1 - q_slot).start()
+
+            wait_for_pages(self, *self._pages(item, slot))
+            self._attend_as_needed(item, (slot, q_slot), coming)
+
+            @pl.when(ends)
+            def _() -> None:
+                pl.when(out_busy)(self._out_copy(0, 0).wait)
+                self._finish(item)
+
+            return following, 1 - slot, jnp.where(ends, 1 - q_slot, q_slot), ends, out_busy | ends
+
+        carry = (start, jnp.int32(0), jnp.int32(0), jnp.bool_(True), jnp.bool_(False))
+        carry = jax.lax.while_loop(lambda carry: carry[0][2] < self.num_rows, step, carry)
+        pl.when(carry[4])(self._out_copy(0, 0).wait)
+
+    def _attend_as_needed(self, item: _Item, slots: tuple, coming: _Item) -> None:
+        """One of a few bodies: as many tiles of keys as are seen, masked where they may not be seen by all."""
+        starts = page_starts(self, coming.row, *self._pages(coming, 1 - slots[0]), head=coming.head)
+        size, keys = self.config.block_tokens, self.chunk_tokens
+        alone = (item.begin == item.block * size) & (item.end == item.begin + size)
+        seen = item.end + item.shift - item.chunk * keys  # by the last token
+        all_see = alone & (seen - size + 1 >= keys)
+        if self.windowed:
+            all_see &= seen - 1 - self.window < 0
+
+        def body(when: Any, tokens: int, *, masked: bool) -> None:
+            pl.when(when)(lambda: self.attend(item, slots, tokens, list(starts), masked=masked))
+
+        body(all_see, keys, masked=False)
+        for tile in _tiles(keys):
+            stop = tile.start + tile.size
+            here = (seen > tile.start) & ((seen <= stop) | (stop == keys))
+            body(~all_see & here, stop, masked=True)
 
 
 NAMES = (
     "scalars", "seq_lens", "starts", "tables", "q_in", "sinks", "pages", "out",
-    "kv", "q", "out_stage", "top", "total", "acc", "kv_sem", "q_sem", "out_sem",
+    "kv", "q", "out_stage", "v", "reach", "top", "acc", "kv_sem", "q_sem", "out_sem",
 )  # fmt: skip
-
-
-def write_rows(new, pages, block_tables, seq_lens, query_start_loc, scalars, *, interpret: Any = False) -> jax.Array:
-    """`pages` with the tokens of rows scalars[0]:scalars[1] written.
-
-    `new` is what each plane gets, [num_kv_heads, T, width], T a multiple of a tile.
-    """
-    _, planes, num_kv_heads, page_size, width = pages.shape
-    shape = _WriteShape(*block_tables.shape, page_size, new[0].shape[1], new[0].dtype)
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
-
-    def body(scalars: Any, seq_lens: Any, starts: Any, tables: Any, *refs: Any) -> None:
-        _write_kernel(shape, refs[:planes], scalars, seq_lens, starts, tables, *refs[planes:])
-
-    return pl.pallas_call(
-        body,
-        out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(),
-            in_specs=[hbm] * (planes + 1),
-            out_specs=hbm,
-            scratch_shapes=[
-                pltpu.VMEM((planes, num_kv_heads, shape.window, width), new[0].dtype),
-                pltpu.VMEM((planes, num_kv_heads, page_size, width), pages.dtype),
-                pltpu.SemaphoreType.DMA((2,)),
-            ],
-        ),
-        input_output_aliases={4 + planes: 0},
-        name="paged_write",
-        interpret=interpret,
-    )(scalars, seq_lens, query_start_loc, block_tables.reshape(-1), *new, pages)
 
 
 def attend_rows(
@@ -337,32 +327,32 @@ def attend_rows(
     scalars: jax.Array,
     sinks: jax.Array,
     *,
+    num_heads: int,
     head_dim: int,
-    scale: float,
     soft_cap: float | None,
+    windowed: bool,
     config: PrefillConfig,
     interpret: Any = False,
 ) -> jax.Array:
     """Attention of rows scalars[0]:scalars[1] over pages that hold their tokens.
 
     Args:
-        q: [num_heads, T, q_width], T a multiple of a tile of its dtype; lanes from head_dim on are 0.
+        q: [T, num_heads * q_width], T a multiple of the block, times `q_factor`; lanes of a head from head_dim on are 0.
         scalars: int32 [4]: rows of one token, rows with tokens, page offset, sliding window (NO_WINDOW for none).
         sinks: float32 [num_heads, LANES], the same in every lane; FLOOR for none.
+        windowed: whether the window may be one.
 
     Returns:
-        [num_heads, T, q_width]; its first head_dim lanes are defined at the tokens of those rows.
+        [T, num_heads * q_width]; the first head_dim lanes of a head are defined at the tokens of those rows.
     """
-    num_heads, num_tokens, q_width = q.shape
-    num_kv_heads = pages.shape[2]
-    config = PrefillConfig(math.gcd(num_tokens, config.block_tokens), config.pages_per_chunk)
-    chunk_tokens = config.pages_per_chunk * pages.shape[3]
-    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, scale, soft_cap, config)
+    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, 1.0, soft_cap, config)
+    chunk_tokens = config.pages_per_chunk * shape.page_size
+    block, queries = (config.block_tokens, shape.group * shape.q_width), shape.group * config.block_tokens
 
     def body(*refs: Any) -> None:
-        _Prefill(shape, dict(zip(NAMES, refs, strict=True))).run()
+        _Prefill(shape, {**dict(zip(NAMES, refs, strict=True)), "windowed": windowed}).run()
 
-    hbm, state = pl.BlockSpec(memory_space=pl.ANY), (num_heads, config.block_tokens)
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -372,17 +362,19 @@ def attend_rows(
             in_specs=[hbm, pl.BlockSpec(memory_space=pltpu.VMEM), hbm],
             out_specs=hbm,
             scratch_shapes=[
-                pltpu.VMEM((2, shape.planes, num_kv_heads, chunk_tokens, shape.width), pages.dtype),
-                pltpu.VMEM((*state, q_width), q.dtype),
-                pltpu.VMEM((*state, q_width), q.dtype),
-                pltpu.VMEM((*state, LANES), jnp.float32),
-                pltpu.VMEM((*state, LANES), jnp.float32),
-                pltpu.VMEM((*state, shape.v_width), jnp.float32),
+                pltpu.VMEM((2, shape.planes, 1, chunk_tokens, shape.width), pages.dtype),
+                pltpu.VMEM((2, *block), q.dtype),
+                pltpu.VMEM(block, q.dtype),
+                pltpu.VMEM((shape.value_rows, chunk_tokens), shape.compute_dtype),
+                pltpu.VMEM((SUBLANES, queries), jnp.int32),
+                pltpu.VMEM((SUBLANES, queries), jnp.float32),
+                pltpu.VMEM((shape.value_rows, queries), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA(()),
+                pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA(()),
             ],
         ),
+        compiler_params=pltpu.CompilerParams(disable_bounds_checks=True),
         name="paged_prefill",
         interpret=interpret,
     )(scalars, seq_lens, query_start_loc, block_tables.reshape(-1), q, sinks, pages)
