@@ -16,6 +16,8 @@ import functools
 import importlib.util
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -227,6 +229,23 @@ def detect(root: str | Path = "/") -> Detection:
 
 
 @functools.cache
-def detect_once() -> Detection:
-    """`detect` of this machine, for the life of the process."""
+def _detected() -> Detection:
     return detect()
+
+
+_assumed: list[Detection] = []
+
+
+def detect_once() -> Detection:
+    """`detect` of this machine, for the life of the process; or what `assuming` says."""
+    return _assumed[-1] if _assumed else _detected()
+
+
+@contextmanager
+def assuming(detection: Detection) -> Iterator[None]:
+    """Have this process configure itself for a device that is not here."""
+    _assumed.append(detection)
+    try:
+        yield
+    finally:
+        _assumed.pop()

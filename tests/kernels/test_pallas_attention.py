@@ -98,7 +98,7 @@ def test_heads(heads, kv_heads):
     compare(MIXED, heads=heads, kv_heads=kv_heads)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 192, 256])
 def test_head_dims(head_dim):
     compare(MIXED, head_dim=head_dim, heads=6, window=19)
 

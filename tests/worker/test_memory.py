@@ -52,3 +52,31 @@ def test_a_tpus_memory_less_what_is_used_and_needed(monkeypatch):
 def test_nothing_left_gives_the_numbers_and_the_flags(monkeypatch):
     with pytest.raises(TpuInferenceError, match=r"10\.00 GiB HBM.*--tensor-parallel-size"):
         budget(monkeypatch, device=tpu(10 * GIB, 9 * GIB), temporaries=GIB)
+
+
+def division(**changes) -> memory.DeviceMemory:
+    fields = dict(limit=32 * GIB, share=0.5, weights=4 * GIB, used=5 * GIB, temporaries=GIB)
+    return memory.DeviceMemory(**{**fields, **changes})
+
+
+def test_what_is_left_is_allowed_less_used_less_temporaries():
+    assert division().allowed == 16 * GIB
+    assert division().kv_cache == 10 * GIB
+    assert division(used=18 * GIB).kv_cache == -3 * GIB
+
+
+def test_the_table_adds_up():
+    lines = division().table().splitlines()
+    assert [float(line.split()[-2]) for line in lines] == [32, 16, 4, 1, 1, 10]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_engine_prints_the_table_whether_it_fits_or_not(monkeypatch, caplog):
+    monkeypatch.setattr(memory.logger, "propagate", True)
+    with caplog.at_level("INFO", logger=memory.logger.name):
+        budget(monkeypatch, device=tpu(10 * GIB, 3 * GIB), temporaries=GIB)
+    same = memory.DeviceMemory(10 * GIB, 0.9, GIB, 3 * GIB, GIB)
+    with pytest.raises(TpuInferenceError) as error:
+        budget(monkeypatch, device=tpu(10 * GIB, 9 * GIB), temporaries=GIB)
+    assert memory.DeviceMemory(10 * GIB, 0.9, GIB, 9 * GIB, GIB).table() in str(error.value)
+    assert same.table() in caplog.text

@@ -46,6 +46,12 @@ class CompileCase:
         return f"{self.name}[{self.bucket}]"
 
 
+def bytes_beside_arguments(compiled: Any) -> int:
+    """Of a device: a program's temporaries, and what of its results does not take the place of an argument."""
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
 @dataclass
 class WarmUpReport:
     """What a warm-up did."""

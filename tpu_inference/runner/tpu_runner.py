@@ -22,7 +22,7 @@ from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.models.common.vllm_loader import load_model
 from tpu_inference.runner.async_output import AsyncOutput
 from tpu_inference.runner.buckets import Bucket, BucketPlan
-from tpu_inference.runner.compilation_manager import CompilationManager, WarmUpReport
+from tpu_inference.runner.compilation_manager import CompilationManager, WarmUpReport, bytes_beside_arguments
 from tpu_inference.runner.input_batch import InputBatch
 from tpu_inference.runner.kv_cache_manager import (
     abstract_kv_cache,
@@ -89,12 +89,13 @@ class TPUModelRunner:
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         return kv_cache_specs(self.functions, self.block_size, self.model_config.dtype)
 
-    def _make_programs(self, layout: KVCacheLayout, num_groups: int, compilation: CompilationManager) -> StepPrograms:
+    def make_programs(self, layout: KVCacheLayout, num_groups: int) -> StepPrograms:
+        """The programs over a KV cache of this layout, none of them compiled yet."""
         return StepPrograms(
             self.functions,
             self.plan,
             self.mesh,
-            compilation,
+            self.compilation,
             kv_cache=abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh),
             num_groups=num_groups,
             max_blocks=self.max_blocks,
@@ -106,9 +107,8 @@ class TPUModelRunner:
     def temporary_bytes(self) -> int:
         """Bytes per device that the largest forward program needs besides parameters and cache, as its compiler plans them."""
         layout = uniform_layout(self.functions, num_blocks=self.max_blocks)
-        case = self._make_programs(layout, 1, self.compilation).forward_case(self.plan.buckets[-1])
-        memory = case.fn.lower(*case.args).compile().memory_analysis()
-        return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        case = self.make_programs(layout, 1).forward_case(self.plan.buckets[-1])
+        return bytes_beside_arguments(case.fn.lower(*case.args).compile())
 
     def initialize_kv_cache(self, config: KVCacheConfig) -> int:
         """Allocate what vLLM decided; returns its bytes over all devices."""
@@ -117,7 +117,7 @@ class TPUModelRunner:
         )
         num_groups = len(config.kv_cache_groups)
         self._say_if_attention_is_slow(layout)
-        self.programs = self._make_programs(layout, num_groups, self.compilation)
+        self.programs = self.make_programs(layout, num_groups)
         self.kv_cache = allocate_kv_cache(
             abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh)
         )
@@ -133,15 +133,19 @@ class TPUModelRunner:
         )
         return sum(pages.nbytes for pages in self.kv_cache.pages)
 
-    def _say_if_attention_is_slow(self, layout: KVCacheLayout) -> None:
+    def why_attention_is_slow(self, layout: KVCacheLayout) -> str | None:
+        """What keeps the TPU kernels from serving these shapes, so that attention runs in its XLA form; None where nothing does."""
         cache = abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh)
         shard = cache.pages[0].sharding.shard_shape(cache.pages[0].shape)
         pages = jax.ShapeDtypeStruct(shard, cache.pages[0].dtype)
         tables = jax.ShapeDtypeStruct((self.plan.max_rows, self.max_blocks), np.int32)
         on_pallas = implementation_for(self.mesh.devices.flat[0]) == "pallas"
-        if on_pallas and (reason := misfit(pages, tables)):
+        return misfit(pages, tables) if on_pallas else None
+
+    def _say_if_attention_is_slow(self, layout: KVCacheLayout) -> None:
+        if reason := self.why_attention_is_slow(layout):
             logger.warning(
-                "Attention runs in its XLA form, much slower than the TPU kernels: %s. Unless it is the head dim, try --block-size 128, "
+                "Attention runs in its XLA form, much slower than the TPU kernels: %s. Try --block-size 128, "
                 "a shorter --max-model-len or a lower --max-num-seqs.", reason,
             )  # fmt: skip
 

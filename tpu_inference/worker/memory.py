@@ -2,6 +2,7 @@
 """How many bytes the KV cache may take."""
 
 import os
+from dataclasses import dataclass
 
 import jax
 import psutil
@@ -16,6 +17,51 @@ logger = init_logger(__name__)
 
 CPU_MEMORY_SHARE = 0.125
 """Of the free RAM, where VLLM_CPU_KVCACHE_SPACE does not say: the machine is somebody's laptop."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """How the memory of one device is divided, in bytes: of one at hand, or of one that `tpu_inference.plan` asks about."""
+
+    limit: int
+    """What the runtime lets programs have."""
+    share: float
+    """`gpu_memory_utilization`."""
+    weights: int
+    used: int
+    """Allocated before the KV cache: the weights, and what else there is."""
+    temporaries: int
+    """What the largest program needs beside its arguments."""
+
+    @property
+    def allowed(self) -> int:
+        """What the engine may use of the limit."""
+        return int(self.limit * self.share)
+
+    @property
+    def kv_cache(self) -> int:
+        """What is left for the KV cache; negative: how much is missing."""
+        return self.allowed - self.used - self.temporaries
+
+    def table(self) -> str:
+        """The division, a line each."""
+        rows = (
+            ("HBM of a device", self.limit),
+            (f"x gpu_memory_utilization={self.share}", self.allowed),
+            ("- weights", self.weights),
+            ("- in use besides", max(self.used - self.weights, 0)),
+            ("- temporaries of the largest program", self.temporaries),
+            ("= left for the KV cache", self.kv_cache),
+        )
+        return "\n".join(f"  {name:<37} {size / 2**30:>8.2f} GiB" for name, size in rows)
+
+    def does_not_fit(self) -> str:
+        """Why there is no KV cache, and what would help."""
+        return (
+            f"No memory is left for the KV cache on a device of {format_bytes(self.limit)} HBM: raise --gpu-memory-utilization, "
+            "raise --tensor-parallel-size, or lower --max-num-batched-tokens (temporaries grow with it).\n"
+            + self.table()
+        )
 
 
 def kv_cache_budget(cache: CacheConfig, devices: list[jax.Device], weights: int, temporaries: int) -> int:
@@ -58,21 +104,17 @@ def _cpu_budget() -> int:
 def _device_budget(cache: CacheConfig, devices: list[jax.Device], weights: int, temporaries: int) -> int:
     """The smallest device decides: shards are equal."""
     stats = [device.memory_stats() for device in devices]
-    limit = min(s["bytes_limit"] for s in stats)
-    used = max(s["bytes_in_use"] for s in stats)
-    share = cache.gpu_memory_utilization
-    left = int(limit * share) - used - temporaries
-    summary = (
-        f"{format_bytes(limit)} HBM x gpu_memory_utilization={share} - {format_bytes(used)} in use "
-        f"(weights {format_bytes(weights // len(devices))}) - {format_bytes(temporaries)} for the programs' temporaries"
+    memory = DeviceMemory(
+        limit=min(s["bytes_limit"] for s in stats),
+        share=cache.gpu_memory_utilization,
+        weights=weights // len(devices),
+        used=max(s["bytes_in_use"] for s in stats),
+        temporaries=temporaries,
     )
-    if left <= 0:
-        raise TpuInferenceError(
-            f"No memory is left for the KV cache on a device: {summary} = {left / 2**30:.2f} GiB. Raise --gpu-memory-utilization, "
-            "raise --tensor-parallel-size, or lower --max-num-batched-tokens (temporaries grow with it)."
-        )
-    logger.info("KV cache: %s on each device = %s", format_bytes(left), summary)
-    return left * len(devices)
+    if memory.kv_cache <= 0:
+        raise TpuInferenceError(memory.does_not_fit())
+    logger.info("KV cache: %s on each device:\n%s", format_bytes(memory.kv_cache), memory.table())
+    return memory.kv_cache * len(devices)
 
 
 def peak_host_bytes() -> int:

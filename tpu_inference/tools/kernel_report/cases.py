@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops that have named shapes, and a shape's compile for a chip."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import tpu_inference.kernels
+from tpu_inference.errors import ConfigError
+from tpu_inference.tools.schedule import TOPOLOGIES
+
+CHIPS = ("v6e", "v5e", "tpu7x")
+"""Reported where no chip is named."""
+
+
+class Shape(Protocol):
+    """What an entry of `SHAPES` in `kernels/<op>/shapes.py` offers."""
+
+    about: str
+    dtype: str
+    """Of the matrix products, for the peak."""
+    chips: tuple[str, ...]
+    """Those it is of interest for; all where empty."""
+    donated: tuple[int, ...]
+    useful_bytes: int
+    useful_flops: int
+
+    def arguments(self, device: Any) -> tuple[Any, ...]:
+        """Abstract ones of `function`, by position."""
+
+    def function(self, device: Any) -> Callable:
+        """The op as a device runs it."""
+
+    def form(self, device: Any) -> str:
+        """The form that the device runs, and why where that is not "pallas"."""
+
+    def workload(self, device: Any) -> Mapping[str, Mapping[int, Any]]:
+        """As `schedule.workload` takes it."""
+
+
+def _shapes_of(op: str) -> Mapping[str, Shape]:
+    return getattr(importlib.import_module(f"tpu_inference.kernels.{op}.shapes"), "SHAPES", {})
+
+
+def ops() -> list[str]:
+    """Names of packages under `kernels` that have SHAPES."""
+    root = Path(tpu_inference.kernels.__file__).parent
+    names = sorted(path.parent.name for path in root.glob("*/shapes.py"))
+    return [name for name in names if _shapes_of(name)]
+
+
+def _pick(what: str, name: str, known: Any) -> str:
+    if name not in known:
+        raise ConfigError(f"{what} {name!r} is not known; known are: {', '.join(known)}")
+    return name
+
+
+def shapes(op: str) -> Mapping[str, Shape]:
+    """Raises ConfigError, with the known ones, for an unknown op."""
+    return _shapes_of(_pick("op", op, ops()))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of an op on a chip."""
+
+    op: str
+    name: str
+    chip: str
+
+    @classmethod
+    def of(cls, op: str, name: str, chip: str) -> "Case":
+        """Raises ConfigError, with the known ones, for what is unknown."""
+        return cls(op, _pick(f"shape of {op}", name, shapes(op)), _pick("chip", chip, TOPOLOGIES))
+
+    @property
+    def shape(self) -> Shape:
+        return shapes(self.op)[self.name]
+
+    @property
+    def device(self) -> Any:
+        from jax.experimental import topologies
+
+        return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[self.chip]).devices[0]
+
+    def lower(self) -> Any:
+        """Ready to be compiled for the chip."""
+        import jax
+        from jax.sharding import SingleDeviceSharding
+
+        shape, sharding = self.shape, SingleDeviceSharding(self.device)
+        jitted = jax.jit(
+            shape.function(self.device), in_shardings=sharding, out_shardings=sharding, donate_argnums=shape.donated
+        )
+        return jitted.lower(*shape.arguments(self.device))
+
+
+def cases(op: str, chips: tuple[str, ...] = CHIPS) -> list[Case]:
+    """Every shape of an op on every chip that it is of interest for."""
+    named = shapes(op).items()
+    return [
+        Case.of(op, name, chip) for chip in chips for name, shape in named if not shape.chips or chip in shape.chips
+    ]
