@@ -26,8 +26,9 @@ GENERATIONS = ["v6e:2x2", "v5e:2x2", "tpu7x:2x2x1", "v5p:2x2x1", "v4:2x2x1"]
 
 
 def compile_op(
-    topology, *, tokens, rows, heads, kv_heads, head_dim, page_size, context=2048, dtype=jnp.bfloat16, kv_dtype=None
-):
+    topology, *, tokens, rows, heads, kv_heads, head_dim, page_size, context=2048, dtype=jnp.bfloat16, kv_dtype=None,
+    form=None,
+):  # fmt: skip
     """The op's executable, and the bytes of its pages."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     table = context // page_size + 1
@@ -39,8 +40,7 @@ def compile_op(
         jax.ShapeDtypeStruct((tokens, heads, head_dim), dtype), new, new, pages,
         *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, table), (rows,), (rows + 1,))),
     )  # fmt: skip
-    form = implementation_for(device)
-    fn = partial(ragged_paged_attention, scale=0.1, implementation=form)
+    fn = partial(ragged_paged_attention, scale=0.1, implementation=form or implementation_for(device))
     sharding = SingleDeviceSharding(device)
     jitted = jax.jit(fn, in_shardings=sharding, out_shardings=sharding, donate_argnums=3)
     return jitted.lower(*args).compile(), pages.size * pages.dtype.itemsize
@@ -84,3 +84,13 @@ def test_few_tokens_and_many():
 
 def test_float32_pages():
     check("v6e:2x2", tokens=64, rows=32, heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("topology", ["TPU v3:2x2", "v6e:2x2"])
+def test_the_xla_form_copies_no_pages(topology):
+    compiled, num_bytes = compile_op(
+        topology, tokens=64, rows=16, heads=8, kv_heads=2, head_dim=128, page_size=64, form="xla"
+    )
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= num_bytes
+    assert memory.temp_size_in_bytes < num_bytes / 2

@@ -73,6 +73,12 @@ def test_8b_fits_eight_chips_of_v6e_and_not_one_of_v5e(config):
     assert too_large["margin_bytes"] < 0 and not too_large["compiled"]
 
 
+def test_v3_takes_the_xla_form_and_says_so(config):
+    found = answer("--model", config("tiny"), "--chip", "v3", "--topology", "2x2", *SMALL, "--no-times")
+    assert found["fits"] is True and found["compiled"]
+    assert any("XLA form" in note and "v4 and later" in note for note in found["notes"])
+
+
 def test_one_request_that_is_too_long(config):
     where = ("--model", config("llama-8b"), "--chip", "v6e", "--topology", "1x1")
     found = answer(*where, "--gpu-memory-utilization", "0.6", "--max-model-len", "131072", code=1)

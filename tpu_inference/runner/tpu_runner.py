@@ -134,20 +134,22 @@ class TPUModelRunner:
         return sum(pages.nbytes for pages in self.kv_cache.pages)
 
     def why_attention_is_slow(self, layout: KVCacheLayout) -> str | None:
-        """What keeps the TPU kernels from serving these shapes, so that attention runs in its XLA form; None where nothing does."""
+        """What keeps the TPU kernels from serving this chip or these shapes, so that attention runs in its XLA form; None where nothing does."""
+        device = self.mesh.devices.flat[0]
+        if device.platform != "tpu":
+            return None
+        if implementation_for(device) != "pallas":
+            return f"they are for v4 and later, and this is a {device.device_kind}"
         cache = abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh)
         shard = cache.pages[0].sharding.shard_shape(cache.pages[0].shape)
         pages = jax.ShapeDtypeStruct(shard, cache.pages[0].dtype)
         tables = jax.ShapeDtypeStruct((self.plan.max_rows, self.max_blocks), np.int32)
-        on_pallas = implementation_for(self.mesh.devices.flat[0]) == "pallas"
-        return misfit(pages, tables) if on_pallas else None
+        reason = misfit(pages, tables)
+        return reason and f"{reason}; try --block-size 128, a shorter --max-model-len or a lower --max-num-seqs"
 
     def _say_if_attention_is_slow(self, layout: KVCacheLayout) -> None:
         if reason := self.why_attention_is_slow(layout):
-            logger.warning(
-                "Attention runs in its XLA form, much slower than the TPU kernels: %s. Try --block-size 128, "
-                "a shorter --max-model-len or a lower --max-num-seqs.", reason,
-            )  # fmt: skip
+            logger.warning("Attention runs in its XLA form, much slower than the TPU kernels: %s.", reason)
 
     def warm_up(self) -> WarmUpReport:
         """Compile every program, some of them while serving where that is chosen; none when told to compile on first use."""

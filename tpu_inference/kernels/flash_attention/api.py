@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public op."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,11 @@ from tpu_inference.kernels.flash_attention.config import heuristic
 from tpu_inference.kernels.flash_attention.kernel import flash_attention_pallas
 from tpu_inference.kernels.flash_attention.reference import flash_attention_reference
 from tpu_inference.kernels.flash_attention.xla import flash_attention_xla
+from tpu_inference.kernels.forms import Implementation
 
-Implementation = Literal["pallas", "pallas_interpret", "xla", "reference"]
 _JNP = {"xla": flash_attention_xla, "reference": flash_attention_reference}
 _INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
-NO_PALLAS = ("TPU v2", "TPU v3")
-"""Device kinds that the kernel is not compiled for."""
 MAX_HEAD_DIM = 256
-
-
-def implementation_for(device: jax.Device) -> Implementation:
-    """The form that a kind of device runs."""
-    return "pallas" if device.platform == "tpu" and not device.device_kind.startswith(NO_PALLAS) else "xla"
 
 
 def flash_attention(

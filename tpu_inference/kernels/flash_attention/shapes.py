@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.flash_attention.api import flash_attention, implementation_for
+from tpu_inference.kernels.flash_attention.api import flash_attention
+from tpu_inference.kernels.forms import implementation_for
 
 
 @dataclass(frozen=True)

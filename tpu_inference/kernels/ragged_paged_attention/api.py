@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public op."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from tpu_inference.kernels.forms import Implementation
 from tpu_inference.kernels.ragged_paged_attention.pages import kv_pages_shape, quantize, stored_scale, write_kv
 from tpu_inference.kernels.ragged_paged_attention.pallas import attention_pallas, misfit
 from tpu_inference.kernels.ragged_paged_attention.reference import attend_reference
 from tpu_inference.kernels.ragged_paged_attention.xla import attend_xla
 
-Implementation = Literal["pallas", "pallas_interpret", "xla", "reference"]
 _AFTER_WRITING = {"xla": attend_xla, "reference": attend_reference}
 _INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
-NO_PALLAS = ("TPU v2", "TPU v3")
-"""Device kinds that the kernels are not compiled for."""
-
-
-def implementation_for(device: jax.Device) -> Implementation:
-    """The form that a kind of device runs."""
-    return "pallas" if device.platform == "tpu" and not device.device_kind.startswith(NO_PALLAS) else "xla"
 
 
 def ragged_paged_attention(

@@ -114,5 +114,18 @@ def write_kv(
     page = block_tables[rows, jnp.where(real, positions, 0) // page_size] + page_offset
     slot = positions % page_size
     kv = encode(jnp.stack(to_planes(k, v, pages), axis=1), pages.dtype)
-    page = jnp.where(real, page, pages.shape[0])  # out of range: dropped
-    return pages.at[page, :, :, slot, :].set(kv, mode="drop")
+
+    def at_once(pages: jax.Array) -> jax.Array:
+        out_of_range = jnp.where(real, page, pages.shape[0])
+        return pages.at[out_of_range, :, :, slot, :].set(kv, mode="drop")
+
+    def one_by_one(pages: jax.Array) -> jax.Array:
+        """XLA scatters into a transposed copy of all pages on TPU; this stays in place."""
+
+        def write(token: jax.Array, pages: jax.Array) -> jax.Array:
+            new = jax.lax.dynamic_index_in_dim(kv, token)[:, :, :, None]
+            return jax.lax.dynamic_update_slice(pages, new, (page[token], 0, 0, slot[token], 0))
+
+        return jax.lax.fori_loop(0, query_start_loc[-1], write, pages)
+
+    return jax.lax.platform_dependent(pages, tpu=one_by_one, default=at_once)

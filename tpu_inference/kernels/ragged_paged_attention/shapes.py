@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpu_inference.kernels.ragged_paged_attention.api import implementation_for, ragged_paged_attention
+from tpu_inference.kernels.forms import implementation_for
+from tpu_inference.kernels.ragged_paged_attention.api import ragged_paged_attention
 from tpu_inference.kernels.ragged_paged_attention.paged import NO_WINDOW
 from tpu_inference.kernels.ragged_paged_attention.pages import kv_pages_shape, storage_dtype
 from tpu_inference.kernels.ragged_paged_attention.pallas import misfit
