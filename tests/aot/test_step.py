@@ -2,6 +2,7 @@
 """The real TPU compiler takes the engine's step, sharded, without a TPU."""
 
 import os
+import re
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -71,3 +72,13 @@ def test_sampling_compiles():
     made = programs("llama", "v6e:2x2", 4)
     for case in (made.greedy_case(32), made.sample_case(32), made.logprobs_case(32)):
         assert case.fn.lower(*case.args).compile().cost_analysis()["flops"] > 0
+
+
+def test_weights_are_multiplied_where_they_lie():
+    """No layer's weights are copied out of the stacked ones: that would cost as much as the product."""
+    case = programs("llama", "v6e:2x2", 4).forward_case(Bucket(32, 32))
+    text = case.fn.lower(*case.args).compile().as_text()
+    # Inside fusions slices are read, not written: their operands are parameters of the fusion.
+    slices = re.findall(r"^ *%\S+ = bf16\[1,\d{3,},\d{3,}\]\S* (?:fusion|dynamic-slice)\(%(\w+)", text, re.M)
+    assert slices, "weights are sliced at all"
+    assert all(operand.startswith("param") for operand in slices)

@@ -10,6 +10,7 @@ from tpu_inference.layers.common.attention import KVCache, attention
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.heads import plan_heads
+from tpu_inference.layers.common.linear import before_split
 from tpu_inference.layers.common.rope import apply_rope
 from tpu_inference.layers.common.weights import Piece, Source, merge_pieces, slots
 from tpu_inference.layers.jax.config import DecoderConfig
@@ -70,7 +71,7 @@ class Attention(nnx.Module):
         """x: [T, hidden]; `rope` cosine and sine [T, ...]; `window` a Python int, None, or traced (<= 0: none)."""
         cfg, plan, tokens = self.cfg, self.heads, x.shape[0]
         per_q, per_kv = plan.num_q_slots // self.shards, plan.num_kv_slots // self.shards
-        qkv = self.qkv(x).reshape(tokens, self.shards, per_q + 2 * per_kv, cfg.head_dim)
+        qkv = before_split(self.qkv(x)).reshape(tokens, self.shards, per_q + 2 * per_kv, cfg.head_dim)
         parts = (qkv[:, :, :per_q], qkv[:, :, per_q : per_q + per_kv], qkv[:, :, per_q + per_kv :])
         q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in parts)
         if self.q_norm is not None:

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.linear import before_split
 from tpu_inference.layers.common.weights import Piece, Source, merge_pieces, padded
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import Linear
@@ -56,6 +57,6 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, hidden] -> [T, hidden]."""
-        both = self.gate_up(x).reshape(x.shape[0], self.shards, 2, -1)
+        both = before_split(self.gate_up(x)).reshape(x.shape[0], self.shards, 2, -1)
         gated = ACTIVATION_FUNCTIONS[self.activation](both[:, :, 0]) * both[:, :, 1]
         return self.down(gated.reshape(x.shape[0], -1))
