@@ -136,10 +136,9 @@ class TPUModelRunner:
     def why_attention_is_slow(self, layout: KVCacheLayout) -> str | None:
         """What keeps the TPU kernels from serving this chip or these shapes, so that attention runs in its XLA form; None where nothing does."""
         device = self.mesh.devices.flat[0]
-        if device.platform != "tpu":
-            return None
         if implementation_for(device) != "pallas":
-            return f"they are for v4 and later, and this is a {device.device_kind}"
+            on_tpu = device.platform == "tpu"
+            return f"they are for v4 and later, and this is a {device.device_kind}" if on_tpu else None
         cache = abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh)
         shard = cache.pages[0].sharding.shard_shape(cache.pages[0].shape)
         pages = jax.ShapeDtypeStruct(shard, cache.pages[0].dtype)
