@@ -81,7 +81,7 @@ def test_chat(serving):
     status, answer = serving.post("/v1/chat/completions", messages=HELLO, temperature=0, max_tokens=60)
     assert status == 200
     choice = answer["choices"][0]
-    assert "help you" in choice["message"]["content"] and "<|" not in choice["message"]["content"]
+    assert choice["message"]["content"].startswith("Hello!") and "<|" not in choice["message"]["content"]
     assert choice["finish_reason"] == "stop"
     events = serving.stream("/v1/chat/completions", messages=HELLO, temperature=0, max_tokens=60)
     assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events) == choice["message"]["content"]
