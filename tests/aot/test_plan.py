@@ -97,7 +97,9 @@ def test_the_largest_programs_temporaries_are_the_engines(config):
     """Compiled over a cache of serving size instead of the engine's small one."""
     code = """
 import sys
-from tpu_inference.plan import __main__, jobs
+from tpu_inference.plan.environment import prepare
+prepare()
+from tpu_inference.plan import jobs
 from tpu_inference.plan.arguments import parse
 from tpu_inference.plan.engine import build_engine, server_config
 question = parse(sys.argv[1:])
@@ -113,8 +115,9 @@ print("needs", program.sizes.needs, engine.runner.temporary_bytes())
 
 def test_hbm_of_every_chip_is_what_the_compiler_says():
     code = """
+from tpu_inference.plan.environment import prepare
+prepare()
 import re, jax, jax.numpy as jnp
-from tpu_inference.plan import __main__
 from tpu_inference.plan.slices import PROGRAM_HBM_GIB, TOPOLOGIES, parse_slice
 from jax.sharding import SingleDeviceSharding
 for chip, shapes in TOPOLOGIES.items():

@@ -2,20 +2,12 @@
 """The planner's command line. Exits with 0 where the model fits (any of several slices), 1 where it does not, 2 for a question it cannot take."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 
-# The planner compiles for a TPU, and takes none.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.plan.arguments import Question, parse
+from tpu_inference.plan.environment import prepare
 
 
 def run(question: Question) -> int:
@@ -53,4 +45,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())
