@@ -183,7 +183,7 @@ class _Decode:
     def partial_softmax(self, item: _Item, slot: Any, scores: jax.Array, piece: Callable) -> tuple[jax.Array, ...]:
         """(maximum [heads, 1], sum of weights [heads, 1], weighted values [heads, v_width]) of an item alone."""
         shape = self.shape
-        scores = scores * shape.scale
+        scores = scores * self.scale
         if shape.soft_cap is not None:
             scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
         keys = item.chunk * self.item_tokens + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
@@ -307,11 +307,11 @@ def decode_rows(
     """
     num_heads, planes = q.shape[1], len(new)
     num_kv_heads, item_tokens, width = pages.shape[2], config.pages_per_item * pages.shape[3], pages.shape[4]
-    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, scale, soft_cap, config)
+    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, soft_cap, config)
 
     def body(scalars: Any, seq_lens: Any, tables: Any, q_in: Any, *refs: Any) -> None:
         named = dict(zip(NAMES, (scalars, seq_lens, tables, q_in, *refs[planes:]), strict=True))
-        _Decode(shape, {**named, "new_in": refs[:planes]}).run()
+        _Decode(shape, {**named, "new_in": refs[:planes], "scale": scale}).run()
 
     slots, hbm = config.slots, pl.BlockSpec(memory_space=pl.ANY)
     semaphores = [pltpu.SemaphoreType.DMA((slots,))] * 4

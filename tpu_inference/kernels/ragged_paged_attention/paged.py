@@ -37,7 +37,6 @@ class PagedShape:
     head_dim: int
     num_rows: int
     table_width: int
-    scale: float
     soft_cap: float | None
     config: Any
     """DecodeConfig or PrefillConfig."""
@@ -49,14 +48,14 @@ class PagedShape:
     @classmethod
     def of(
         cls, num_heads: int, head_dim: int, q_dtype: Any, pages: Any, block_tables: Any,
-        scale: float, soft_cap: float | None, config: Any,
+        soft_cap: float | None, config: Any,
     ):  # fmt: skip
         """From the arrays of a call."""
         _, planes, num_kv_heads, page_size, width = pages.shape
         compute = q_dtype if pages.dtype.itemsize == 1 else pages.dtype
         return cls(
             num_heads, num_kv_heads, page_size, planes, width, head_dim, *block_tables.shape,
-            scale, soft_cap, config, pages.dtype, compute,
+            soft_cap, config, pages.dtype, compute,
         )  # fmt: skip
 
     @property

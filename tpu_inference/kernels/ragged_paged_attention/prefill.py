@@ -345,7 +345,7 @@ def attend_rows(
     Returns:
         [T, num_heads * q_width]; the first head_dim lanes of a head are defined at the tokens of those rows.
     """
-    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, 1.0, soft_cap, config)
+    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, soft_cap, config)
     chunk_tokens = config.pages_per_chunk * shape.page_size
     block, queries = (config.block_tokens, shape.group * shape.q_width), shape.group * config.block_tokens
 
