@@ -10,12 +10,21 @@
 | `ModelRegistry.register_model` with a class never built | `declare_architecture` | vLLM asks a PyTorch class what a model can do | a platform can answer |
 | `get_engine_process_shutdown_timeout` wrapped | `grant_engine_shutdown_grace` | SIGTERM with requests running kills the engine at once, and the server hangs | the grace is not ROCm's alone |
 | `VLLM_WORKER_MULTIPROC_METHOD` | `choose_start_method` | vLLM forks the engine unless CUDA has started; it does not look at JAX | it asks the platform |
+| `import torchax` | `import_torchax` | torchax 0.0.13 names ATen overloads that torch 2.13 has dropped | a torchax made for torch 2.13 |
+| one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
+| `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
 | logits processor plugins | `unserved_logits_processors` | vLLM drops them silently for TPU | they are served |
 """
 
+import logging
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any
 
 from tpu_inference.logger import init_logger
@@ -133,3 +142,58 @@ def grant_engine_shutdown_grace() -> None:
 
     with_grace.grants_grace = True  # type: ignore[attr-defined]
     utils.get_engine_process_shutdown_timeout = with_grace
+
+
+class _DroppedOverload:
+    """Stands where torchax names an overload that torch no longer has: nothing ever calls it."""
+
+
+@contextmanager
+def _dropped_overloads_tolerated() -> Iterator[None]:
+    from torch._ops import OpOverloadPacket
+
+    original = OpOverloadPacket.__getattr__
+
+    def tolerant(packet: Any, name: str) -> Any:
+        try:
+            return original(packet, name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return _DroppedOverload()
+
+    OpOverloadPacket.__getattr__ = tolerant
+    try:
+        yield
+    finally:
+        OpOverloadPacket.__getattr__ = original
+
+
+def import_torchax() -> ModuleType:
+    """torchax with its lowerings and decompositions. Only processes that serve a PyTorch model import it."""
+    if "torchax" not in sys.modules:
+        with _dropped_overloads_tolerated():
+            for name in ("torchax", "torchax.decompositions", "torchax.ops.jaten", "torchax.ops.jtorch"):
+                import_module(name)
+        quiet_torch_accelerator()  # its import makes "jax" torch's accelerator
+        # It warns of every `.data`, which vLLM's norms read.
+        logging.getLogger("torchax.tensor").setLevel(logging.ERROR)
+    return sys.modules["torchax"]
+
+
+def start_torch_alone(vllm_config: Any) -> None:
+    """What vLLM's PyTorch classes need around them: a process group of one, and operations that are plain torch."""
+    import vllm.ir
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
+
+    vllm.ir.set_default_torch_wrap(False)
+    vllm_config.kernel_config.ir_op_priority.set_default()
+    if model_parallel_is_initialized():
+        return
+    with set_current_vllm_config(vllm_config), tempfile.NamedTemporaryFile(prefix="tpu-inference-") as rendezvous:
+        init_distributed_environment(
+            world_size=1, rank=0, local_rank=0, distributed_init_method=f"file://{rendezvous.name}.store", backend="gloo"
+        )
+        ensure_model_parallel_initialized(1, 1)

@@ -34,8 +34,8 @@ PAGE = FullAttentionSpec(**SHAPE).page_size_bytes
 
 
 def model(*windows, flat=False):
-    layers = tuple(AttentionLayer(f"layer{i}", window) for i, window in enumerate(windows))
-    return SimpleNamespace(layers=layers, num_kv_heads=HEADS, head_dim=DIM, flat_kv=flat, platform="cpu")
+    layers = tuple(AttentionLayer(f"layer{i}", window, HEADS, DIM) for i, window in enumerate(windows))
+    return SimpleNamespace(layers=layers, flat_kv=flat, platform="cpu")
 
 
 def group(*names, window=None, block_size=BLOCK):

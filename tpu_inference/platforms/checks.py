@@ -171,16 +171,11 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(_of_model(lambda m: m.enable_trace_replay), "trace replay", "remove --enable-trace-replay"),
     Refusal(_of_model(lambda m: m.return_sampling_mask), "returned sampling masks", "remove --return-sampling-mask"),
     Refusal(
-        _of_model(lambda m: m.model_impl != "auto" and str(m.model_impl)),
+        _of_model(lambda m: m.model_impl not in ("auto", "vllm") and str(m.model_impl)),
         "model_impl={!r}",
-        "use --model-impl auto",
+        "use --model-impl auto or vllm",
     ),
     # The environment
-    Refusal(
-        lambda c: envs.MODEL_IMPL_TYPE == "vllm",
-        "vLLM's own PyTorch models (MODEL_IMPL_TYPE=vllm)",
-        "unset MODEL_IMPL_TYPE",
-    ),
     Refusal(
         lambda c: envs.PREFILL_SLICES or envs.DECODE_SLICES,
         "disaggregated serving (PREFILL_SLICES, DECODE_SLICES)",
@@ -197,6 +192,6 @@ def refuse_unserved(config: "VllmConfig") -> None:
         raise ConfigError("tpu_inference does not serve this yet: " + "; ".join(found) + ".")
     TpuConfig.from_vllm(config)
     if config.model_config is not None:
-        from tpu_inference.models.common.registry import find_architecture
+        from tpu_inference.models.common.vllm_loader import implementation
 
-        find_architecture(config.model_config.architectures)
+        implementation(config)

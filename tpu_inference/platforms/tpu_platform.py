@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 WORKER = "tpu_inference.worker.tpu_worker.TPUWorker"
+ATTENTION_BACKEND = "tpu_inference.layers.vllm.attention.TpuAttentionBackend"
 CPU_BLOCK_SIZE = 16
 CPU_MEMORY_SHOWN = 64 * 2**30
 # On TPU a block is what one DMA moves, and each DMA costs scalar work: with one KV head a chip, decoding from blocks of 16 tokens takes
@@ -147,8 +148,10 @@ class TpuPlatform(Platform):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        """Only vLLM's PyTorch models ask, and they are not served yet."""
-        raise NotImplementedError("attention of vLLM's PyTorch models is not served by tpu_inference yet")
+        """Only vLLM's PyTorch models ask."""
+        if attn_selector_config.use_mla:
+            raise NotImplementedError("latent attention (MLA) is served in its multi-head form: set VLLM_MLA_DISABLE=1")
+        return ATTENTION_BACKEND
 
     @classmethod
     def update_block_size_for_backend(cls, vllm_config: "VllmConfig") -> None:

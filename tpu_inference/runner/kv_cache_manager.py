@@ -15,7 +15,7 @@ from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.sharding import named_sharding
 from tpu_inference.logger import init_logger, log_once
-from tpu_inference.models.common.interface import ModelFunctions
+from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 from tpu_inference.runner.untouched_zeros import can_leave_untouched, untouched_zeros
 
 logger = init_logger(__name__)
@@ -23,16 +23,15 @@ logger = init_logger(__name__)
 
 def kv_cache_specs(model: ModelFunctions, block_size: int, dtype: torch.dtype) -> dict[str, KVCacheSpec]:
     """vLLM's spec of every attention layer. Heads and head size are the physical ones (replicas and padding included), over all devices."""
-    _, planes, _, _, width = kv_pages_shape(1, block_size, model.num_kv_heads, model.head_dim, model.platform)
-    common = dict(block_size=block_size, num_kv_heads=model.num_kv_heads, head_size=planes * width // 2, dtype=dtype)
-    return {
-        layer.name: (
-            FullAttentionSpec(**common)
-            if layer.sliding_window is None
-            else SlidingWindowSpec(**common, sliding_window=layer.sliding_window)
-        )
-        for layer in model.layers
-    }
+
+    def spec(layer: AttentionLayer) -> KVCacheSpec:
+        _, planes, heads, _, width = kv_pages_shape(1, block_size, layer.num_kv_heads, layer.head_dim, model.platform)
+        common = dict(block_size=block_size, num_kv_heads=heads, head_size=planes * width // 2, dtype=dtype)
+        if layer.sliding_window is None:
+            return FullAttentionSpec(**common)
+        return SlidingWindowSpec(**common, sliding_window=layer.sliding_window)
+
+    return {layer.name: spec(layer) for layer in model.layers}
 
 
 def uniform_layout(model: ModelFunctions, num_blocks: int) -> KVCacheLayout:
@@ -68,10 +67,21 @@ def layout_from_config(config: KVCacheConfig, layer_names: Sequence[str], *, fla
 
 def abstract_kv_cache(model: ModelFunctions, layout: KVCacheLayout, block_size: int, dtype, mesh: Mesh) -> KVCache:
     """Shapes and shardings of the cache arrays."""
-    arrays, pages = (1, layout.num_slots * layout.num_blocks) if layout.flat else (layout.num_slots, layout.num_blocks)
-    shape = kv_pages_shape(pages, block_size, model.num_kv_heads, model.head_dim, model.platform)
-    one = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, KV_PAGES_AXES))
-    return KVCache((one,) * arrays, layout)
+    heads_of_slot: dict[int, tuple[int, int]] = {}
+    for slot, layer in zip(layout.slot_of_layer, model.layers, strict=True):
+        heads = (layer.num_kv_heads, layer.head_dim)
+        if heads_of_slot.setdefault(0 if layout.flat else slot, heads) != heads:
+            raise TpuInferenceError(
+                "vLLM placed layers of different KV heads in the same memory, which is not served. "
+                "Start with --disable-hybrid-kv-cache-manager."
+            )
+    pages = layout.num_blocks * (layout.num_slots if layout.flat else 1)
+
+    def array(heads: tuple[int, int]) -> jax.ShapeDtypeStruct:
+        shape = kv_pages_shape(pages, block_size, *heads, model.platform)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, KV_PAGES_AXES))
+
+    return KVCache(tuple(array(heads) for _, heads in sorted(heads_of_slot.items())), layout)
 
 
 def allocate_kv_cache(abstract: KVCache) -> KVCache:

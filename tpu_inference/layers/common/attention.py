@@ -64,6 +64,7 @@ def attention(
     scale: float,
     soft_cap: float | None = None,
     sliding_window: int | jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Write this step's K and V into the pages of `layer`, then attend over them.
 
@@ -73,6 +74,7 @@ def attention(
         kv_cache: donated by the step; the result replaces it.
         layer: attention layer index; traced under `lax.scan` (flat cache), a Python int otherwise.
         sliding_window: tokens a query sees, itself included; None or <= 0 for all. May be traced.
+        sinks: [num_heads], each head's score of one more key without a value.
 
     Returns:
         ([T, num_heads, head_dim], the updated cache).
@@ -81,27 +83,29 @@ def attention(
     block_tables = meta.block_tables[group]
     window = -1 if sliding_window is None else sliding_window
 
-    def op(q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset, window):
+    def op(q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset, window, *sinks):
         # A window known while tracing stays a Python number, so that the op can leave its masks out.
         if isinstance(sliding_window, int | None):
             window = sliding_window
         return ragged_paged_attention(
             q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset,
-            scale=scale, soft_cap=soft_cap, sliding_window=window,
+            scale=scale, soft_cap=soft_cap, sliding_window=window, sinks=sinks[0] if sinks else None,
             implementation=implementation_for(mesh.devices.flat[0]),
         )  # fmt: skip
 
+    more = () if sinks is None else (sinks,)
     if mesh.size > 1:
         head_spec, page_spec, whole = spec((None, "heads", None)), spec(KV_PAGES_AXES), PartitionSpec()
         op = jax.shard_map(
             op,
             mesh=mesh,
-            in_specs=(head_spec, head_spec, head_spec, page_spec, whole, whole, whole, whole, whole),
+            in_specs=(head_spec, head_spec, head_spec, page_spec, whole, whole, whole, whole, whole)
+            + (spec(("heads",)),) * len(more),
             out_specs=(head_spec, page_spec),
             check_vma=False,
         )
     out, pages = op(
-        q, k, v, kv_cache.pages[index], block_tables, meta.seq_lens, meta.query_start_loc, page_offset, window
+        q, k, v, kv_cache.pages[index], block_tables, meta.seq_lens, meta.query_start_loc, page_offset, window, *more
     )  # fmt: skip
     updated = (*kv_cache.pages[:index], pages, *kv_cache.pages[index + 1 :])
     return out, KVCache(updated, kv_cache.layout)

@@ -7,7 +7,11 @@ shards; slots without a head hold zero weights, whose output meets zero columns 
 projection and adds nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,12 @@ def plan_heads(num_heads: int, num_kv_heads: int, shards: int) -> HeadPlan:
         q_slots += queries + [None] * (copies * best - group)
     q_slots += [None] * (padding * best)
     return HeadPlan(num_heads, num_kv_heads, best, tuple(kv_slots), tuple(q_slots))
+
+
+def take_slots(x: jax.Array, slots: Sequence[int | None]) -> jax.Array:
+    """[T, heads, ...] -> [T, len(slots), ...]: the head of each slot, zeros where there is none."""
+    if tuple(slots) == tuple(range(x.shape[1])):
+        return x
+    if None in slots:
+        x = jnp.pad(x, [(0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)])
+    return x[:, jnp.asarray([x.shape[1] - 1 if head is None else head for head in slots])]

@@ -15,6 +15,9 @@ class AttentionLayer:
     name: str
     """vLLM's key of the layer's cache."""
     sliding_window: int | None
+    num_kv_heads: int
+    """KV heads in the cache over all devices, copies and padding included."""
+    head_dim: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +31,8 @@ class ModelFunctions:
     logits: Callable
     """(params, hidden [N, d]) -> float32 [N, vocab_size]"""
     layers: tuple[AttentionLayer, ...]
-    num_kv_heads: int
-    """KV heads in the cache over all devices, copies and padding included."""
-    head_dim: int
     platform: str
-    """Of the devices: "tpu" or "cpu"; with head_dim it decides the layout of pages."""
+    """Of the devices: "tpu" or "cpu"; with a layer's head_dim it decides the layout of its pages."""
     kv_dtype: Any
     """What the pages are stored as; see `storage_dtype`."""
     flat_kv: bool

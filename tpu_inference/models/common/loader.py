@@ -120,15 +120,16 @@ def model_functions(module: Decoder, params: Any, mesh: Mesh) -> ModelFunctions:
     """What the runner needs of `module` with `params` in place of its specs."""
     _, forward, logits = pure_functions(module)
     cfg = module.cfg
-    layers = tuple(AttentionLayer(f"model.layers.{i}.self_attn", w) for i, w in enumerate(cfg.window_of_layer))
     plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, mesh.shape["model"])
+    layers = tuple(
+        AttentionLayer(f"model.layers.{i}.self_attn", window, plan.num_kv_slots, cfg.head_dim)
+        for i, window in enumerate(cfg.window_of_layer)
+    )
     return ModelFunctions(
         params=params,
         forward=forward,
         logits=logits,
         layers=layers,
-        num_kv_heads=plan.num_kv_slots,
-        head_dim=cfg.head_dim,
         platform=(device := mesh.devices.flat[0]).platform,
         kv_dtype=storage_dtype(module.dtype, device),
         flat_kv=module.scans,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which class serves which architecture: strings, so that nothing is imported before it is used."""
 
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from tpu_inference.compat import declare_architecture
 from tpu_inference.errors import TpuInferenceError
@@ -17,6 +18,35 @@ _MODELS: dict[str, str] = {
     "Gemma3ForCausalLM": f"{_HERE}.gemma:Gemma3ForCausalLM",
     "Phi3ForCausalLM": f"{_HERE}.phi3:Phi3ForCausalLM",
 }
+
+Kind = Literal["flax_nnx", "vllm"]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Which code serves a checkpoint."""
+
+    kind: Kind
+    """A JAX class of this table, or vLLM's PyTorch class."""
+    architecture: str
+    why: str
+
+
+def choose_implementation(architectures: list[str] | None, wanted: str) -> Implementation:
+    """What serves a checkpoint of these `architectures`.
+
+    Args:
+        wanted: "flax_nnx" or "vllm"; "auto" takes a JAX class where there is one, and vLLM's class otherwise.
+
+    Raises:
+        TpuInferenceError: there is none.
+    """
+    ours = next((name for name in architectures or () if name in _MODELS), None)
+    if wanted == "flax_nnx" or (wanted == "auto" and ours) or not architectures:
+        asked = "MODEL_IMPL_TYPE=flax_nnx" if wanted == "flax_nnx" else "there is a JAX class for it"
+        return Implementation("flax_nnx", ours or find_architecture(architectures), asked)
+    why = "there is no JAX class for it" if wanted == "auto" else "vLLM's PyTorch class is asked for"
+    return Implementation("vllm", architectures[0], why)
 
 
 def supported_architectures() -> list[str]:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the model that a VllmConfig names."""
 
+from importlib import import_module
+
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from vllm.config import VllmConfig
 
+from tpu_inference import envs
 from tpu_inference.compat import weight_files
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
@@ -14,15 +17,27 @@ from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import Checkpoint
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.models.common.loader import check_tensors, load_params, model_functions
-from tpu_inference.models.common.registry import find_architecture, model_class
+from tpu_inference.models.common.registry import Implementation, choose_implementation, model_class
 
 logger = init_logger(__name__)
 
-LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
+LOAD_FORMATS = {
+    "flax_nnx": ("auto", "hf", "safetensors", "pt", "dummy"),
+    "vllm": ("auto", "hf", "safetensors", "pt", "mistral", "dummy"),
+}
+PYTORCH = "tpu_inference.models.vllm.vllm_model_wrapper"
+"""By name: torchax is imported where a PyTorch model is served, and nowhere else."""
+
+
+def implementation(vllm_config: VllmConfig) -> Implementation:
+    """What serves the model of `vllm_config`: as `--model-impl` says, else as MODEL_IMPL_TYPE does."""
+    config = vllm_config.model_config
+    flag = str(getattr(config.model_impl, "value", config.model_impl))
+    return choose_implementation(config.architectures, envs.MODEL_IMPL_TYPE if flag == "auto" else flag)
 
 
 def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
-    """The model of `vllm_config`, abstract: specs in place of parameters.
+    """The JAX model of `vllm_config`, abstract: specs in place of parameters.
 
     Raises:
         TpuInferenceError: an architecture or field that is not served.
@@ -34,7 +49,7 @@ def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
         model_config.max_model_len,
         TpuConfig.from_vllm(vllm_config).scan_layers,
     )
-    return model_class(find_architecture(model_config.hf_config.architectures))(model_config.hf_text_config, ctx)
+    return model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
 
 
 def load_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool = False) -> ModelFunctions:
@@ -43,19 +58,23 @@ def load_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool = False) -> M
     Raises:
         TpuInferenceError: an architecture, field or load format that is not served; a checkpoint that does not fit (CheckpointError).
     """
-    model_config, load_config = vllm_config.model_config, vllm_config.load_config
-    if load_config.load_format not in LOAD_FORMATS:
-        raise TpuInferenceError(
-            f"load_format={load_config.load_format!r} is not served; use one of {', '.join(LOAD_FORMATS)}."
-        )
+    chosen, asked = implementation(vllm_config), vllm_config.load_config.load_format
+    if asked not in (formats := LOAD_FORMATS[chosen.kind]):
+        raise TpuInferenceError(f"load_format={asked!r} is not served; use one of {', '.join(formats)}.")
+    kind = "Flax NNX" if chosen.kind == "flax_nnx" else "vLLM's PyTorch class, lowered by torchax"
+    logger.info("Serving %s with %s: %s", chosen.architecture, kind, chosen.why)
+    load = _load_jax_model if chosen.kind == "flax_nnx" else import_module(PYTORCH).load_vllm_model
+    return load(vllm_config, mesh, dummy=dummy or asked == "dummy")
+
+
+def _load_jax_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> ModelFunctions:
+    load_config = vllm_config.load_config
     module = build_model(vllm_config, mesh)
     specs, _, _ = pure_functions(module)
     checkpoint = None
-    if not dummy and load_config.load_format != "dummy":
-        checkpoint = Checkpoint(weight_files(model_config, load_config))
+    if not dummy:
+        checkpoint = Checkpoint(weight_files(vllm_config.model_config, load_config))
         names = module.cfg.names
         check_tensors(checkpoint, specs, tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None)
-    architecture = find_architecture(model_config.hf_config.architectures)
-    logger.info("Serving %s with %s (Flax NNX)", architecture, type(module).__name__)
     params = load_params(specs, checkpoint, mesh, progress=load_config.use_tqdm_on_load)
     return model_functions(module, params, mesh)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer of experts: which of them a token goes to, and what they make of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from tpu_inference.layers.common.linear import matmul
+from tpu_inference.layers.common.sharding import MODEL_AXIS, spec
+
+_SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+}
+SCORING = tuple(_SCORES)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How experts are chosen."""
+
+    top_k: int
+    renormalize: bool
+    """Whether the weights of the chosen are made to sum to 1."""
+    scoring: str = "softmax"
+    groups: int = 1
+    """Experts are in so many groups of neighbours, and only those of the best `top_groups` are chosen from."""
+    top_groups: int = 1
+    scale: float = 1.0
+
+
+def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Weights float32 [T, k] and ids int32 [T, k] of each token's experts.
+
+    Args:
+        logits: [T, E].
+        bias: [E], added to the scores for the choice alone (DeepSeek V3).
+    """
+    scores = _SCORES[routing.scoring](logits.astype(jnp.float32))
+    choice = scores if bias is None else scores + bias.astype(jnp.float32)
+    if routing.groups > 1:
+        choice = _of_best_groups(choice, routing, by_two=bias is not None)
+    _, ids = jax.lax.top_k(choice, routing.top_k)
+    weights = jnp.take_along_axis(scores, ids, axis=-1)
+    if routing.renormalize:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return weights * routing.scale, ids
+
+
+def _of_best_groups(choice: jax.Array, routing: Routing, *, by_two: bool) -> jax.Array:
+    """-inf for experts outside of the best groups. A group is as good as its best expert, or as its two best together."""
+    grouped = choice.reshape(choice.shape[0], routing.groups, -1)
+    best = jax.lax.top_k(grouped, 2)[0].sum(-1) if by_two else grouped.max(-1)
+    _, groups = jax.lax.top_k(best, routing.top_groups)
+    chosen = jax.nn.one_hot(groups, routing.groups, dtype=jnp.bool_).any(1)
+    return jnp.where(chosen[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+def _halves(act: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def gated(h: jax.Array) -> jax.Array:
+        gate, up = jnp.split(h, 2, axis=-1)
+        return act(gate) * up
+
+    return gated
+
+
+def clamped_swiglu(h: jax.Array, *, alpha: float = 1.702, limit: float = 7.0) -> jax.Array:
+    """gpt-oss's: gate and up are neighbouring columns, clamped, and up is taken from 1."""
+    gate, up = jnp.minimum(h[..., ::2], limit), jnp.clip(h[..., 1::2], -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
+def _relu2(x: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": _halves(jax.nn.silu),
+    "gelu": _halves(_gelu),
+    "gelu_tanh": _halves(jax.nn.gelu),
+    "relu2": _halves(_relu2),
+    "swigluoai": clamped_swiglu,
+    "silu_no_mul": jax.nn.silu,
+    "gelu_no_mul": _gelu,
+    "gelu_tanh_no_mul": jax.nn.gelu,
+    "relu2_no_mul": _relu2,
+}
+"""By vLLM's names: [T, 2 width] (or [T, width] with "_no_mul") -> [T, width]."""
+INTERLEAVED = ("swigluoai",)
+"""Activations that find gate and up in neighbouring columns, not in halves."""
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Of E experts, as checkpoints store them: [out, in]."""
+
+    w13: jax.Array
+    """[E, 2 width, d]: gate and up (or [E, width, d] where nothing is gated); divided over shards, each has its part of both."""
+    w2: jax.Array
+    """[E, d, width]"""
+    b13: jax.Array | None = None
+    """[E, 2 width]"""
+    b2: jax.Array | None = None
+    """[E, d]"""
+
+
+def experts(
+    x: jax.Array,
+    weights: jax.Array,
+    ids: jax.Array,
+    parameters: ExpertWeights,
+    *,
+    activation: str,
+    mesh: Mesh,
+    divided: bool,
+    accumulate_dtype: Any,
+    weigh_input: bool = False,
+) -> jax.Array:
+    """The weighted sum of what each token's experts make of it: [T, d].
+
+    Every expert sees every token: right for any routing, and as much memory traffic as any way where a batch uses all experts, but E / k times the arithmetic.
+
+    Args:
+        x: [T, d].
+        weights, ids: [T, k], of `route`.
+        divided: whether the widths of experts are divided over the model axis of `mesh`.
+        weigh_input: weights go on what experts take in, not on what they give out.
+    """
+    num_experts = parameters.w13.shape[0]
+    coefficients = (jax.nn.one_hot(ids, num_experts, dtype=jnp.float32) * weights[..., None]).sum(1)
+    act, b13 = ACTIVATIONS[activation], parameters.b13
+
+    def of_shard(x: jax.Array, coefficients: jax.Array, w13: jax.Array, w2: jax.Array, *b13: jax.Array) -> jax.Array:
+        def add(e: jax.Array, total: jax.Array) -> jax.Array:
+            weight = coefficients[:, e, None]
+            h = matmul(x * weight.astype(x.dtype) if weigh_input else x, w13[e], accumulate_dtype)
+            if b13:
+                h = h + b13[0][e]
+            y = matmul(act(h), w2[e], accumulate_dtype)
+            return total + y * ((weight != 0) if weigh_input else weight)
+
+        total = jax.lax.fori_loop(0, num_experts, add, jnp.zeros(x.shape, jnp.float32))
+        return jax.lax.psum(total, MODEL_AXIS) if divided else total
+
+    args = (x, coefficients, parameters.w13, parameters.w2, *(() if b13 is None else (b13,)))
+    if divided:
+        whole = PartitionSpec()
+        of_shard = jax.shard_map(
+            of_shard,
+            mesh=mesh,
+            in_specs=(whole, whole, spec((None, "mlp", None)), spec((None, None, "mlp")), spec((None, "mlp")))[: len(args)],
+            out_specs=whole,
+            check_vma=False,
+        )  # fmt: skip
+    out = of_shard(*args)
+    if parameters.b2 is not None:
+        chosen = (coefficients != 0).astype(jnp.float32) if weigh_input else coefficients
+        out = out + chosen @ parameters.b2.astype(jnp.float32)
+    return out.astype(x.dtype)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own PyTorch class of a model as pure JAX functions: its module is traced through torchax, and nothing of torch runs in a step."""
+
+import copy
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from jax.sharding import Mesh
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from tpu_inference.compat import import_torchax, start_torch_alone
+from tpu_inference.config import TpuConfig
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape, storage_dtype
+from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
+from tpu_inference.layers.common.attention_metadata import AttentionMetadata
+from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
+from tpu_inference.layers.vllm.attention import TpuAttentionImpl
+from tpu_inference.layers.vllm.context import StepContext, step_context
+from tpu_inference.layers.vllm.linear import use_shells
+from tpu_inference.layers.vllm.moe import use_expert_shells
+from tpu_inference.logger import init_logger
+from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
+from tpu_inference.models.vllm.exchange import Places
+from tpu_inference.models.vllm.repeat import Repeat, find_repeats
+from tpu_inference.models.vllm.weights import DeviceState, State, register_loose_tensors
+
+logger = init_logger(__name__)
+
+
+class TracedModule:
+    """A module without numbers, called with those of a state."""
+
+    _one_at_a_time = threading.RLock()
+    """The module's parameters are exchanged while it is traced, and vLLM's forward context is one for all threads."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, mesh: Mesh) -> None:
+        self.model, self._vllm_config, self._mesh = model, vllm_config, mesh
+        self._places = Places(model)
+        self._repeats: list[Repeat] = []
+        attention = _attention_layers(vllm_config)
+        found = {name: layer for name, layer in attention.items() if not layer.impl.shares_with}
+        self.layers = tuple(self._layer(name, layer) for name, layer in found.items())
+        self._index_of_layer = {name: index for index, name in enumerate(found)}
+        self._shares = len(found) < len(attention)
+
+    def _layer(self, name: str, layer: Any) -> AttentionLayer:
+        impl: TpuAttentionImpl = layer.impl
+        heads = impl.heads(self._mesh.shape[MODEL_AXIS]).num_kv_slots
+        return AttentionLayer(name, impl.sliding_window, heads, impl.cached_head_size)
+
+    def _call(self, method: Callable[..., torch.Tensor], state: State, *args: jax.Array) -> jax.Array:
+        torchax = import_torchax()
+        view = torchax.interop.torch_view
+        stacked = tuple(f"{repeat.path}.[" for repeat in self._repeats)
+        with ExitStack() as stack:
+            stack.enter_context(self._one_at_a_time)
+            stack.enter_context(set_current_vllm_config(self._vllm_config))
+            stack.enter_context(set_forward_context(None, self._vllm_config, slot_mapping={}))
+            stack.enter_context(set_default_torch_dtype(self._vllm_config.model_config.dtype))
+            # No effect on bf16; float32 products would otherwise be rounded to bf16 on TPU.
+            stack.enter_context(jax.default_matmul_precision("highest"))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(torchax.default_env())
+            stack.enter_context(torch.device("jax"))
+            tensors = {name: view(array) for name, array in state.items() if not name.startswith(stacked)}
+            stack.enter_context(self._places.holding(tensors))
+            return method(*map(view, args)).jax()
+
+    def _context(self, state: State, kv_cache: KVCache, meta: AttentionMetadata) -> StepContext:
+        stacks = {repeat.path: repeat.by_position(state) for repeat in self._repeats}
+        return StepContext(self._mesh, kv_cache, meta, self._index_of_layer, stacks=stacks)
+
+    def forward(self, state: State, kv_cache: KVCache, token_ids: jax.Array, meta: AttentionMetadata):
+        """Token ids [T] -> (hidden states [T, d], kv_cache)."""
+        with step_context(self._context(state, kv_cache, meta)) as step:
+            hidden = self._call(self._run, state, token_ids, meta.positions)
+        return hidden, step.kv_cache
+
+    def _run(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.model(token_ids, positions, None, None)
+
+    def logits(self, state: State, hidden: jax.Array) -> jax.Array:
+        """float32 [N, vocab_size] of hidden states [N, d]."""
+        return self._call(self.model.compute_logits, state, hidden).astype(jnp.float32)
+
+    def functions(self, state: State) -> ModelFunctions:
+        """What the runner needs, with the arrays (or their shapes) of `state`."""
+        config = self._vllm_config.model_config
+        if not self.layers:
+            raise TpuInferenceError(f"{type(self.model).__name__} has no attention layer with a KV cache: it is not served.")
+        device = self._mesh.devices.flat[0]
+        hidden = jax.ShapeDtypeStruct((1, config.get_hidden_size()), _jax_dtype(config))
+        return ModelFunctions(
+            params=state,
+            forward=self.forward,
+            logits=self.logits,
+            layers=self.layers,
+            platform=device.platform,
+            kv_dtype=storage_dtype(hidden.dtype, device),
+            flat_kv=bool(self._repeats),
+            vocab_size=jax.eval_shape(self.logits, state, hidden).shape[-1],
+            hidden=hidden,
+        )
+
+    def find_repeats(self, shapes: State) -> list[Repeat]:
+        """Which layers can be scanned over, found by tracing the module once; from here on they are."""
+        if self._shares or len({(layer.num_kv_heads, layer.head_dim) for layer in self.layers}) > 1:
+            return []  # one pool of pages for all layers, as scanned ones need, holds heads of one shape
+
+        def trace(observe: Callable[[StepContext, State], None]) -> None:
+            def observed(state: State, kv_cache: KVCache, token_ids: jax.Array, meta: AttentionMetadata):
+                with step_context(self._context(state, kv_cache, meta)) as step:
+                    observe(step, state)
+                    return self._call(self._run, state, token_ids, meta.positions)
+
+            jax.eval_shape(observed, shapes, *self._smallest_step())
+
+        self._repeats = find_repeats(self.model, trace)
+        return self._repeats
+
+    def _smallest_step(self) -> tuple[KVCache, jax.ShapeDtypeStruct, AttentionMetadata]:
+        int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+        first, count = self.layers[0], len(self.layers)
+        platform = self._mesh.devices.flat[0].platform
+        size = self._vllm_config.cache_config.block_size
+        shape = kv_pages_shape(count, size, first.num_kv_heads, first.head_dim, platform)
+        pages = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=named_sharding(self._mesh, KV_PAGES_AXES))
+        layout = KVCacheLayout(tuple(range(count)), (0,) * count, 1, True)
+        return KVCache((pages,), layout), int32(8), AttentionMetadata(int32(8), int32(3), int32(2), int32(1, 2, 1))
+
+
+def _attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    layers = vllm_config.compilation_config.static_forward_context
+    return {name: layer for name, layer in layers.items() if isinstance(layer, Attention)}
+
+
+def _undivided(vllm_config: VllmConfig) -> VllmConfig:
+    """The configuration as torch sees it: one device with the whole model. JAX divides it."""
+    alone = copy.copy(vllm_config)
+    alone.parallel_config = copy.copy(vllm_config.parallel_config)
+    alone.parallel_config.tensor_parallel_size = alone.parallel_config.world_size = 1
+    return alone
+
+
+def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildContext]:
+    """vLLM's module, its parameters allocated and not written, its layers computing by ours."""
+    start_torch_alone(vllm_config)
+    import_torchax()
+    model_config = vllm_config.model_config
+    scan_layers = TpuConfig.from_vllm(vllm_config).scan_layers
+    ctx = BuildContext(mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers)
+    vllm_config.compilation_config.static_forward_context.clear()
+    with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
+        model = initialize_model(vllm_config).eval().requires_grad_(False)
+    for layer in _attention_layers(vllm_config).values():
+        if layer.impl.sinks is not None:
+            layer.register_parameter("sinks_of_impl", layer.impl.sinks)
+    use_shells(model, ctx.shards, ctx.accumulate_dtype)
+    use_expert_shells(model, mesh, ctx.accumulate_dtype)
+    register_loose_tensors(model)
+    return model, ctx
+
+
+def _jax_dtype(model_config: ModelConfig) -> Any:
+    return jnp.dtype(str(model_config.dtype).removeprefix("torch."))
+
+
+def random_array(name: str, array: jax.ShapeDtypeStruct) -> jax.Array:
+    """Dummy weights, made where they stay."""
+    seed = sum(map(ord, name))
+
+    def make() -> jax.Array:
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return jnp.zeros(array.shape, array.dtype)
+        return (0.02 * jax.random.normal(jax.random.key(seed), array.shape, jnp.float32)).astype(array.dtype)
+
+    return jax.jit(make, out_shardings=array.sharding)()
+
+
+def load_vllm_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> ModelFunctions:
+    """Weights onto `mesh`, and the model's pure functions.
+
+    Raises:
+        TpuInferenceError: what the model asks of its layers is not served.
+    """
+    traced, state = prepare(vllm_config, mesh)
+    if dummy:
+        return traced.functions(state.fill(random_array))
+    state.stream()
+    with set_current_vllm_config(vllm_config):
+        get_model_loader(vllm_config.load_config).load_weights(traced.model, vllm_config.model_config)
+    return traced.functions(state.finish())
+
+
+def prepare(vllm_config: VllmConfig, mesh: Mesh) -> tuple[TracedModule, DeviceState]:
+    """The module, and the place for its weights, before any is read.
+
+    Raises:
+        TpuInferenceError: what the model asks of its layers is not served.
+    """
+    alone = _undivided(vllm_config)
+    model, ctx = build(alone, mesh)
+    state = DeviceState(model, mesh)
+    traced = TracedModule(model, alone, mesh)
+    if ctx.scans and (repeats := traced.find_repeats(state.abstract())):
+        for repeat in repeats:
+            logger.info(
+                "%d layers of %s from the %d. on are scanned in groups of %d",
+                repeat.groups * repeat.period, repeat.path, repeat.first + 1, repeat.period,
+            )  # fmt: skip
+        state = DeviceState(model, mesh, repeats)
+    return traced, state
