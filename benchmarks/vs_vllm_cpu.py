@@ -203,6 +203,9 @@ def render(result: dict[str, Any]) -> str:
         ours, theirs = (sides[side] for side in SIDES)
         rows = []
         for metric in METRICS:
+            if metric.name not in ours or metric.name not in theirs:
+                rows.append((metric.title, "not measured", "not measured", "-", "-", "-"))
+                continue
             ratio, bar = metric.ratio(ours[metric.name], theirs[metric.name]), metric.bars.get(size)
             said = (
                 ("-", "-")
@@ -210,16 +213,9 @@ def render(result: dict[str, Any]) -> str:
                 else (f"{'>=' if metric.as_speed else '<='} {bar:g}", common.met(ratio, bar, at_least=metric.as_speed))
             )
             rows.append((metric.title, ours[metric.name], theirs[metric.name], ratio, *said))
-        rows.append(
-            (
-                "imports of the first process, s",
-                ours["imports"],
-                theirs["imports"],
-                ours["imports"] / theirs["imports"],
-                "-",
-                "-",
-            )
-        )
+        if "imports" in ours:
+            imports = (ours["imports"], theirs["imports"])
+            rows.append(("imports of the first process, s", *imports, imports[0] / imports[1], "-", "-"))
         if (beyond := ours.get("warm_beyond_imports")) is not None:
             rows.append(
                 (
