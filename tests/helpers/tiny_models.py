@@ -48,8 +48,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3Config", dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)),
 }
 """Name -> (class of transformers' config, what differs from the common shape)."""
-VARIANTS = {"": {}, "8": dict(num_attention_heads=8, num_key_value_heads=2), "d128": dict(head_dim=128)}
-"""What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants; a head dim that the Pallas kernels serve."""
+_EIGHT = dict(num_attention_heads=8, num_key_value_heads=2)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "8": _EIGHT,
+    "d128": dict(head_dim=128),
+    "deep": dict(_EIGHT, num_hidden_layers=6),
+}
+"""What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants; a head dim that the Pallas kernels serve; layers
+enough to repeat."""
 
 
 def build(name: str) -> torch.nn.Module:
@@ -59,6 +66,9 @@ def build(name: str) -> torch.nn.Module:
     name, _, variant = name.partition("@")
     kind, extra = FAMILIES[name]
     fields = {**_COMMON, **extra, **VARIANTS[variant]}
+    if variant == "deep" and "layer_types" in fields:  # the pattern once more, and the layer it begins with
+        fields["layer_types"] = fields["layer_types"] * 2 + fields["layer_types"][:1]
+        fields["num_hidden_layers"] = len(fields["layer_types"])
     if name.startswith("qwen2") or name == "phi3":
         fields.pop("head_dim")
     torch.manual_seed(len(name))

@@ -77,18 +77,12 @@ def build_engine(config: Any, where: TpuSlice) -> Engine:
     import jax
 
     from tpu_inference.layers.common.sharding import make_mesh
-    from tpu_inference.layers.common.weights import map_specs
-    from tpu_inference.layers.jax.decoder import pure_functions
-    from tpu_inference.models.common.loader import model_functions
-    from tpu_inference.models.common.vllm_loader import build_model
+    from tpu_inference.models.common.vllm_loader import abstract_model
     from tpu_inference.worker.tpu_worker import KV_CACHE_LAYOUT
 
     tensor_parallel = config.parallel_config.tensor_parallel_size
     config.cache_config.kv_cache_layout = KV_CACHE_LAYOUT
     mesh = make_mesh(where.devices(), tensor_parallel)
-    module = build_model(config, mesh)
-    specs, _, _ = pure_functions(module)
-    params = map_specs(lambda spec: spec.abstract(mesh), specs)
     runner = TPUModelRunner(config, mesh, on_tpu=True)
-    runner.functions = model_functions(module, params, mesh)
-    return Engine(where, tensor_parallel, runner, sum(map(shard_bytes, jax.tree.leaves(params))))
+    runner.functions = abstract_model(config, mesh)
+    return Engine(where, tensor_parallel, runner, sum(map(shard_bytes, jax.tree.leaves(runner.functions.params))))

@@ -95,7 +95,9 @@ class TpuAttentionImpl(AttentionImpl):
         q = query.jax()
         k, v = step.written[self.shares_with] if self.shares_with else (key.jax(), value.jax())
         step.written[name] = (k, v)
-        out = self._attend(step, self.shares_with or name, layer, q, k, v)
+        # The kernels choose the precision of their products themselves.
+        with jax.default_matmul_precision(None):
+            out = self._attend(step, self.shares_with or name, layer, q, k, v)
         width = output.shape[-1]
         output.copy_(import_torchax().interop.torch_view(out[..., :width].reshape(output.shape)))
         return output

@@ -12,6 +12,7 @@ from tpu_inference.compat import weight_files
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.weights import map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
 from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import Checkpoint
@@ -65,6 +66,19 @@ def load_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool = False) -> M
     logger.info("Serving %s with %s: %s", chosen.architecture, kind, chosen.why)
     load = _load_jax_model if chosen.kind == "flax_nnx" else import_module(PYTORCH).load_vllm_model
     return load(vllm_config, mesh, dummy=dummy or asked == "dummy")
+
+
+def abstract_model(vllm_config: VllmConfig, mesh: Mesh) -> ModelFunctions:
+    """The model of `vllm_config` with shapes in place of parameters, as programs are compiled from. `mesh` may be of described devices.
+
+    Raises:
+        TpuInferenceError: an architecture or field that is not served.
+    """
+    if implementation(vllm_config).kind == "vllm":
+        return import_module(PYTORCH).abstract_vllm_model(vllm_config, mesh)
+    module = build_model(vllm_config, mesh)
+    specs, _, _ = pure_functions(module)
+    return model_functions(module, map_specs(lambda spec: spec.abstract(mesh), specs), mesh)
 
 
 def _load_jax_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> ModelFunctions:

@@ -6,6 +6,7 @@ all that compute alike, then the last ones. Which do is decided by tracing each 
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +174,9 @@ class _Recorder:
 
     def __init__(self, path: str, layers: torch.nn.ModuleList, state: dict[str, jax.Array]) -> None:
         self._path, self._layers, self._state = path, layers, state
+        held = [{id(tensor) for _, tensor in _tensors(layer)} for layer in layers]
+        times = Counter(itertools.chain.from_iterable(held))
+        self._own = [{name for name, tensor in _tensors(layer) if times[id(tensor)] == 1} for layer in layers]
         self.calls: list[_Call] = []
         self.in_order = True
 
@@ -196,8 +200,8 @@ class _Recorder:
 
     def _trace_alone(self, index: int, arguments: dict[Slot, Any]) -> tuple[str, tuple[Any, ...]]:
         step, layer, prefix = current_step(), self._layers[index], f"{self._path}.{index}."
-        own = {name.removeprefix(prefix): array for name, array in self._state.items() if name.startswith(prefix)}
-        own = {name: array for name, array in own.items() if self._everywhere(name)}
+        # What layers share is the model's, seen through the trace around this one.
+        own = {name: self._state[prefix + name] for name in self._own[index] if prefix + name in self._state}
         names = [name for name in step.index_of_layer if name.startswith(prefix) or f".{prefix}" in name]
         first = min((step.index_of_layer[name] for name in names), default=0)
         kept = (step.kv_cache, step.layer_offset, step.index_of_layer, dict(step.written))
@@ -217,14 +221,17 @@ class _Recorder:
             step.kv_cache, step.layer_offset, step.index_of_layer, step.written = kept
         return str((jaxpr.jaxpr, sorted(own), constant)), tuple(map(_identity, jaxpr.consts))
 
-    def _everywhere(self, rest: str) -> bool:
-        """Whether other layers have one too; else torch counts it for this one, and the layers share it."""
-        return sum(f"{self._path}.{i}.{rest}" in self._state for i in range(len(self._layers))) > 1
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _identity(const: Any) -> Any:
     """Equal for two constants only if they are equal."""
-    return id(const) if isinstance(const, jax.core.Tracer) else (np.asarray(const).dtype.name, np.asarray(const).tobytes())
+    return (
+        id(const) if isinstance(const, jax.core.Tracer) else (np.asarray(const).dtype.name, np.asarray(const).tobytes())
+    )
 
 
 def _carried(before: _Call, after: _Call) -> tuple[tuple[Slot, int], ...] | None:
@@ -280,7 +287,11 @@ def lists_of_layers(model: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
     """Lists that may hold a model's layers: the outermost ones that are long enough."""
     found: dict[str, torch.nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if type(module) is torch.nn.ModuleList and len(module) >= MIN_LAYERS and not any(path.startswith(f"{p}.") for p in found):
+        if (
+            type(module) is torch.nn.ModuleList
+            and len(module) >= MIN_LAYERS
+            and not any(path.startswith(f"{p}.") for p in found)
+        ):
             found[path] = module
     return found
 

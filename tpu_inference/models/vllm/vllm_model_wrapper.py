@@ -33,6 +33,7 @@ from tpu_inference.layers.vllm.moe import use_expert_shells
 from tpu_inference.logger import init_logger
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 from tpu_inference.models.vllm.exchange import Places
+from tpu_inference.models.vllm.explain import explain
 from tpu_inference.models.vllm.repeat import Repeat, find_repeats
 from tpu_inference.models.vllm.weights import DeviceState, State, register_loose_tensors
 
@@ -76,14 +77,19 @@ class TracedModule:
             stack.enter_context(torch.device("jax"))
             tensors = {name: view(array) for name, array in state.items() if not name.startswith(stacked)}
             stack.enter_context(self._places.holding(tensors))
-            return method(*map(view, args)).jax()
+            try:
+                return method(*map(view, args)).jax()
+            except Exception as error:
+                if (explained := explain(error, self.model)) is error:
+                    raise
+                raise explained from error
 
     def _context(self, state: State, kv_cache: KVCache, meta: AttentionMetadata) -> StepContext:
         stacks = {repeat.path: repeat.by_position(state) for repeat in self._repeats}
         return StepContext(self._mesh, kv_cache, meta, self._index_of_layer, stacks=stacks)
 
     def forward(self, state: State, kv_cache: KVCache, token_ids: jax.Array, meta: AttentionMetadata):
-        """Token ids [T] -> (hidden states [T, d], kv_cache)."""
+        """Token ids [T] -> (hidden states [T, d], kv_cache). Raises LoweringError for operations that JAX has no form of."""
         with step_context(self._context(state, kv_cache, meta)) as step:
             hidden = self._call(self._run, state, token_ids, meta.positions)
         return hidden, step.kv_cache
@@ -99,7 +105,9 @@ class TracedModule:
         """What the runner needs, with the arrays (or their shapes) of `state`."""
         config = self._vllm_config.model_config
         if not self.layers:
-            raise TpuInferenceError(f"{type(self.model).__name__} has no attention layer with a KV cache: it is not served.")
+            raise TpuInferenceError(
+                f"{type(self.model).__name__} has no attention layer with a KV cache: it is not served."
+            )
         device = self._mesh.devices.flat[0]
         hidden = jax.ShapeDtypeStruct((1, config.get_hidden_size()), _jax_dtype(config))
         return ModelFunctions(
@@ -193,7 +201,8 @@ def load_vllm_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
     """Weights onto `mesh`, and the model's pure functions.
 
     Raises:
-        TpuInferenceError: what the model asks of its layers is not served.
+        TpuInferenceError: what the model asks of its layers is not served; a checkpoint that lacks weights (CheckpointError).
+        ValueError: weights that no layer of the model has.
     """
     traced, state = prepare(vllm_config, mesh)
     if dummy:
@@ -201,7 +210,14 @@ def load_vllm_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
     state.stream()
     with set_current_vllm_config(vllm_config):
         get_model_loader(vllm_config.load_config).load_weights(traced.model, vllm_config.model_config)
+    state.check(vllm_config.model_config.model)
     return traced.functions(state.finish())
+
+
+def abstract_vllm_model(vllm_config: VllmConfig, mesh: Mesh) -> ModelFunctions:
+    """The functions of `load_vllm_model` over shapes instead of arrays."""
+    traced, state = prepare(vllm_config, mesh)
+    return traced.functions(state.abstract())
 
 
 def prepare(vllm_config: VllmConfig, mesh: Mesh) -> tuple[TracedModule, DeviceState]:
@@ -220,5 +236,5 @@ def prepare(vllm_config: VllmConfig, mesh: Mesh) -> tuple[TracedModule, DeviceSt
                 "%d layers of %s from the %d. on are scanned in groups of %d",
                 repeat.groups * repeat.period, repeat.path, repeat.first + 1, repeat.period,
             )  # fmt: skip
-        state = DeviceState(model, mesh, repeats)
+        state.stack(repeats)
     return traced, state

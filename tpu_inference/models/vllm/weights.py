@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import Mesh
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
 from tpu_inference.layers.vllm.placement import Placement, placements
+from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.vllm.repeat import Repeat
 
 State = dict[str, Any]
@@ -88,17 +91,23 @@ def _set_in_stack(stack: jax.Array, array: jax.Array, index: int) -> jax.Array:
 class DeviceState:
     """Collects what a module computes with, on the devices of `mesh`; the module then holds no numbers."""
 
-    def __init__(self, model: torch.nn.Module, mesh: Mesh, repeats: Sequence[Repeat] = ()) -> None:
-        """Of `repeats` the parameters go to stacks."""
+    def __init__(self, model: torch.nn.Module, mesh: Mesh) -> None:
+        """Takes the parameters of `model` for its own: one such object a model."""
         self._model, self._mesh = model, mesh
         self._owned = _owned_parameters(model, mesh.shape[MODEL_AXIS])
         self._stub_renamed()
         self._buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.numel()}
-        names = {name for owned in self._owned for name, _, _ in owned.arrays()} | set(self._buffers)
-        self._stacks = {stack: members for repeat in repeats for stack, members in repeat.stacks(names).items()}
-        self._in_stack = {name: (s, i) for s, names in self._stacks.items() for i, name in enumerate(names)}
+        self._stacks: dict[str, list[str]] = {}
+        self._in_stack: dict[str, tuple[str, int]] = {}
         self._state: State = {}
         self._moved: set[int] = set()
+        self._missing: dict[int, int] = {}
+
+    def stack(self, repeats: Sequence[Repeat]) -> None:
+        """Gather the parameters of layers that repeat; before any is loaded."""
+        names = {name for owned in self._owned for name, _, _ in owned.arrays()} | set(self._buffers)
+        self._stacks = {stack: members for repeat in repeats for stack, members in repeat.stacks(names).items()}
+        self._in_stack = {name: (s, i) for s, members in self._stacks.items() for i, name in enumerate(members)}
 
     def _stub_renamed(self) -> None:
         """A name in the module for each array; a parameter whose rows are moved is not to be found by its own."""
@@ -115,18 +124,16 @@ class DeviceState:
         for owned in self._owned:
             load = getattr(owned.tensor, "weight_loader", default_weight_loader)
             owned.tensor.weight_loader = self._counting(load, owned)
+            self._missing[id(owned)] = owned.expected_numel
 
     def _counting(self, load: Callable[..., Any], owned: OwnedParameter) -> Callable[..., Any]:
-        missing = owned.expected_numel
-
         def counting(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal missing
             if not param.numel():  # read once more after it was moved: the last one counts, as in vLLM
                 param.data = torch.empty(owned.shape, dtype=param.dtype)
-                missing = owned.expected_numel
+                self._missing[id(owned)] = owned.expected_numel
             result = load(param, loaded_weight, *args, **kwargs)
-            missing -= loaded_weight.numel()
-            if missing <= 0:
+            self._missing[id(owned)] -= loaded_weight.numel()
+            if self._missing[id(owned)] <= 0:
                 self._move(owned)
             return result
 
@@ -155,6 +162,17 @@ class DeviceState:
     def _zeros(self, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.Array:
         sharding = named_sharding(self._mesh, (None, *axes))
         return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+    def check(self, where: str) -> None:
+        """Raises CheckpointError that names the weights of linear layers, embeddings and experts that were not read: vLLM lets those pass."""
+        problems = []
+        for owned in self._owned:
+            missing, expected = self._missing[id(owned)], owned.expected_numel
+            if isinstance(owned.owner, LinearBase | VocabParallelEmbedding | RoutedExperts) and missing > 0:
+                kind = "missing" if missing == expected else f"incomplete ({expected - missing} of {expected} numbers)"
+                problems.append(f"{kind}: {owned.prefix}{owned.name} {list(owned.shape)}")
+        if problems:
+            raise CheckpointError(where, problems)
 
     def finish(self) -> State:
         """Move what is left, buffers too."""
