@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention layer: the KV cache as a pytree, and the paged op over it, sharded by heads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from tpu_inference.kernels.forms import Implementation
 from tpu_inference.kernels.ragged_paged_attention import (
     KV_PAGES_AXES,
     implementation_for,
@@ -80,32 +83,47 @@ def attention(
         ([T, num_heads, head_dim], the updated cache).
     """
     index, page_offset, group = kv_cache.locate(layer)
-    block_tables = meta.block_tables[group]
-    window = -1 if sliding_window is None else sliding_window
+    # A window known while tracing stays a Python number, so that the op can leave its masks out.
+    known = sliding_window if isinstance(sliding_window, int | None) else _TRACED
+    op = _op(mesh, scale, soft_cap, known, sinks is not None, implementation_for(mesh.devices.flat[0]))
+    more = (*(() if known is not _TRACED else (sliding_window,)), *(() if sinks is None else (sinks,)))
+    tables = (meta.block_tables[group], meta.seq_lens, meta.query_start_loc, page_offset)
+    out, pages = op(q, k, v, kv_cache.pages[index], *tables, *more)
+    updated = (*kv_cache.pages[:index], pages, *kv_cache.pages[index + 1 :])
+    return out, KVCache(updated, kv_cache.layout)
 
-    def op(q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset, window, *sinks):
-        # A window known while tracing stays a Python number, so that the op can leave its masks out.
-        if isinstance(sliding_window, int | None):
-            window = sliding_window
+
+_TRACED = "traced"
+
+
+@lru_cache
+def _op(
+    mesh: Mesh,
+    scale: float,
+    soft_cap: float | None,
+    window: int | str | None,
+    has_sinks: bool,
+    implementation: Implementation,
+) -> Callable[..., Any]:
+    """The op over `mesh` by heads. Layers that loop call the same function, so it is traced once for all of them."""
+
+    def op(q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset, *more):
         return ragged_paged_attention(
             q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset,
-            scale=scale, soft_cap=soft_cap, sliding_window=window, sinks=sinks[0] if sinks else None,
-            implementation=implementation_for(mesh.devices.flat[0]),
+            scale=scale, soft_cap=soft_cap,
+            sliding_window=more[0] if window is _TRACED else -1 if window is None else window,
+            sinks=more[-1] if has_sinks else None,
+            implementation=implementation,
         )  # fmt: skip
 
-    more = () if sinks is None else (sinks,)
     if mesh.size > 1:
-        head_spec, page_spec, whole = spec((None, "heads", None)), spec(KV_PAGES_AXES), PartitionSpec()
+        heads, pages, whole = spec((None, "heads", None)), spec(KV_PAGES_AXES), PartitionSpec()
+        more = (whole,) * (window is _TRACED) + (spec(("heads",)),) * has_sinks
         op = jax.shard_map(
             op,
             mesh=mesh,
-            in_specs=(head_spec, head_spec, head_spec, page_spec, whole, whole, whole, whole, whole)
-            + (spec(("heads",)),) * len(more),
-            out_specs=(head_spec, page_spec),
+            in_specs=(heads, heads, heads, pages, whole, whole, whole, whole, *more),
+            out_specs=(heads, pages),
             check_vma=False,
         )
-    out, pages = op(
-        q, k, v, kv_cache.pages[index], block_tables, meta.seq_lens, meta.query_start_loc, page_offset, window, *more
-    )  # fmt: skip
-    updated = (*kv_cache.pages[:index], pages, *kv_cache.pages[index + 1 :])
-    return out, KVCache(updated, kv_cache.layout)
+    return jax.jit(op)
