@@ -69,3 +69,34 @@ def test_a_script_without_a_main_guard(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", compat.START_METHOD)}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=180)
     assert done.stdout.count("ANSWER") == 1, done.stdout + done.stderr
+
+
+STILL_NEEDED = {
+    "torchax names overloads that torch has dropped": "import torchax.ops.jaten, torchax.decompositions",
+    "vllm.ir wraps its operations in custom ops of torch": (
+        "import torch, vllm.ir.op as op; assert not op._ENABLE_TORCH_WRAP, 'wrapped'"
+    ),
+    "torch.accelerator fails once torchax is imported": (
+        "from tpu_inference import compat\n"
+        "compat.quiet_torch_accelerator = lambda: None\n"
+        "compat.import_torchax()\n"
+        "import torch\n"
+        "torch.accelerator.empty_cache(); torch.accelerator.synchronize()"
+    ),
+}
+"""What a function of compat.py is for -> code that fails without it. When one of these runs, that function can go."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("why", STILL_NEEDED)
+def test_what_is_worked_around_is_still_so(why):
+    done = subprocess.run([sys.executable, "-c", STILL_NEEDED[why]], capture_output=True, text=True)
+    assert done.returncode != 0, f"no longer: {why}"
+    assert "SyntaxError" not in done.stderr and "ModuleNotFoundError" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_torchax_is_imported_all_the_same():
+    code = "from tpu_inference.compat import import_torchax as i; print(i().__name__, i() is i())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["torchax", "True"], done.stderr

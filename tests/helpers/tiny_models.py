@@ -54,9 +54,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8": _EIGHT,
     "d128": dict(head_dim=128),
     "deep": dict(_EIGHT, num_hidden_layers=6),
+    "tied": dict(tie_word_embeddings=True),
 }
 """What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants; a head dim that the Pallas kernels serve; layers
-enough to repeat."""
+enough to repeat; a head that is the embedding, as vLLM's class of Gemma 2 has it."""
 
 
 def build(name: str) -> torch.nn.Module:
