@@ -65,8 +65,10 @@ WARM_START_BAR_S = 10.0
 class Engine:
     """An engine_probe.py process of one side."""
 
-    def __init__(self, python: Path, model: Path, size: str, log: Path, caches: Path) -> None:
-        """Returns when the first token is there."""
+    def __init__(
+        self, python: Path, model: Path, size: str, log: Path, caches: Path, env: dict[str, str] | None = None
+    ) -> None:
+        """Returns when the first token is there. `env`: variables beside the user's."""
         self._log = log.open("w")
         self.peak_bytes = 0
         arguments = [str(model), "--vocab-size", str(SIZES[size]["vocab_size"])]
@@ -78,7 +80,7 @@ class Engine:
             stderr=self._log,
             text=True,
             cwd=log.parent,
-            env=_environment(caches),
+            env=_environment(caches) | (env or {}),
         )
         threading.Thread(target=self._watch_memory, daemon=True).start()
         self.imports = self._result()["imports"]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Complete some prompts with vLLM's `LLM`, without a server.
 
-    python examples/offline_inference.py
+    python examples/offline_inference.py                      # by the JAX class of the demo's architecture
+    python examples/offline_inference.py --model-impl vllm    # by vLLM's PyTorch class of it, lowered by torchax
     python examples/offline_inference.py --model meta-llama/Llama-3.1-8B-Instruct --tensor-parallel-size 4 --max-model-len 4096
 
 Takes every flag of `vllm serve` that concerns the engine; the model is the demo checkpoint unless `--model` names another.

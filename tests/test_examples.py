@@ -88,10 +88,11 @@ def test_online_client_prints_what_a_server_says():
 
 @pytest.mark.slow
 @pytest.mark.e2e
-def test_offline_inference_takes_vllms_flags():
+@pytest.mark.parametrize("model_impl", ["auto", "vllm"])
+def test_offline_inference_takes_vllms_flags(model_impl):
     out = run(
         "examples/offline_inference.py", "--model", DEMO, "--max-model-len", "128", "--prompt", "Once upon a time",
-        "--prompt", "The fox lives in", "--max-tokens", "16", *SMALL_CACHE, timeout=300,
+        "--prompt", "The fox lives in", "--max-tokens", "16", "--model-impl", model_impl, *SMALL_CACHE, timeout=300,
     )  # fmt: skip
     answers = [line.partition("->")[2].strip().strip("'\"") for line in out.splitlines() if "->" in line]
     assert len(answers) == 2

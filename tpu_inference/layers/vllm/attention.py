@@ -31,7 +31,8 @@ class TpuAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_builder_cls() -> type:
-        raise NotImplementedError("metadata of a step is made by tpu_inference.runner.step_inputs")
+        # Asked for by layers whose attention is a variant of another's, as chunked local attention (Llama 4) is.
+        raise TpuInferenceError("attention in local chunks (Llama 4) is not served by tpu_inference")
 
 
 class TpuAttentionImpl(AttentionImpl):

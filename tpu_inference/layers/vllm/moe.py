@@ -74,4 +74,6 @@ def use_expert_shells(model: torch.nn.Module, mesh: Mesh, accumulate_dtype: Any)
     """Let the unquantized experts of `model` compute by the method above."""
     for layer in model.modules():
         if isinstance(layer, RoutedExperts) and isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
-            layer.quant_method = TpuExpertsMethod(layer, mesh, accumulate_dtype)
+            method = TpuExpertsMethod(layer, mesh, accumulate_dtype)
+            del layer.quant_method  # a module, which torch lets nothing else take the place of
+            layer.quant_method = method

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tpu_inference.compat import declare_architecture
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.models.common.refused import REFUSED
 
 _HERE = "tpu_inference.models.jax"
 _MODELS: dict[str, str] = {
@@ -39,12 +40,14 @@ def choose_implementation(architectures: list[str] | None, wanted: str) -> Imple
         wanted: "flax_nnx" or "vllm"; "auto" takes a JAX class where there is one, and vLLM's class otherwise.
 
     Raises:
-        TpuInferenceError: there is none.
+        TpuInferenceError: there is none, or it is known not to work (`refused.REFUSED`).
     """
     ours = next((name for name in architectures or () if name in _MODELS), None)
     if wanted == "flax_nnx" or (wanted == "auto" and ours) or not architectures:
         asked = "MODEL_IMPL_TYPE=flax_nnx" if wanted == "flax_nnx" else "there is a JAX class for it"
         return Implementation("flax_nnx", ours or find_architecture(architectures), asked)
+    if reason := REFUSED.get(architectures[0]):
+        raise TpuInferenceError(f"{architectures[0]} is not served by tpu_inference: {reason}.")
     why = "there is no JAX class for it" if wanted == "auto" else "vLLM's PyTorch class is asked for"
     return Implementation("vllm", architectures[0], why)
 

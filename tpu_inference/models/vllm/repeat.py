@@ -24,8 +24,8 @@ MAX_PERIOD = 8
 """Layers of a pattern at most: Gemma 3 has five of one kind and one of another."""
 MIN_LAYERS = 4
 
-Slot = int | str
-"""An argument's position or keyword."""
+Slot = str
+"""An argument's position, in two digits, or its keyword."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,15 @@ def _to_torch(tree: Any) -> Any:
     return _map(import_torchax().interop.torch_view, tree)
 
 
+def _slots(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Slot, Any]:
+    return {f"{i:02}": value for i, value in enumerate(args)} | kwargs
+
+
 def _call_layer(layer: torch.nn.Module, state: dict[str, jax.Array], arguments: dict[Slot, Any]) -> Any:
     """The layer's outputs, as a pytree of JAX arrays; `arguments` hold JAX arrays too."""
     arguments = {slot: _to_torch(value) for slot, value in arguments.items()}
-    positional = [arguments[slot] for slot in sorted(slot for slot in arguments if isinstance(slot, int))]
-    keywords = {slot: value for slot, value in arguments.items() if isinstance(slot, str)}
+    positional = [arguments[slot] for slot in sorted(arguments) if slot.isdigit()]
+    keywords = {slot: value for slot, value in arguments.items() if not slot.isdigit()}
     with Places(layer).holding(_to_torch(state)):
         return _to_jax(layer(*positional, **keywords))
 
@@ -142,7 +146,7 @@ class _Scan:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step, repeat = current_step(), self._repeat
-        arguments = {slot: _to_jax(value) for slot, value in (dict(enumerate(args)) | kwargs).items()}
+        arguments = {slot: _to_jax(value) for slot, value in _slots(args, kwargs).items()}
         carried = dict(repeat.carried)
         fixed = {slot: value for slot, value in arguments.items() if slot not in carried}
         structure = None
@@ -190,7 +194,7 @@ class _Recorder:
         if getattr(self, "_inside", False):
             return
         self.in_order &= index == len(self.calls)
-        arguments = dict(enumerate(args)) | kwargs
+        arguments = _slots(args, kwargs)
         self._inside = True
         try:
             program, shared = self._trace_alone(index, arguments)

@@ -2,9 +2,10 @@
 """vLLM's own PyTorch class of a model as pure JAX functions: its module is traced through torchax, and nothing of torch runs in a step."""
 
 import copy
+import inspect
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
+from tpu_inference.layers.vllm import lowerings
 from tpu_inference.layers.vllm.attention import TpuAttentionImpl
 from tpu_inference.layers.vllm.context import StepContext, step_context
 from tpu_inference.layers.vllm.linear import use_shells
@@ -49,6 +51,9 @@ class TracedModule:
     def __init__(self, model: torch.nn.Module, vllm_config: VllmConfig, mesh: Mesh) -> None:
         self.model, self._vllm_config, self._mesh = model, vllm_config, mesh
         self._places = Places(model)
+        parameters = inspect.signature(model.forward).parameters.values()
+        required = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        self._nothing = dict.fromkeys(required - {"input_ids", "positions"})
         self._repeats: list[Repeat] = []
         attention = _attention_layers(vllm_config)
         found = {name: layer for name, layer in attention.items() if not layer.impl.shares_with}
@@ -95,7 +100,7 @@ class TracedModule:
         return hidden, step.kv_cache
 
     def _run(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return self.model(token_ids, positions, None, None)
+        return self.model(input_ids=token_ids, positions=positions, **self._nothing)
 
     def logits(self, state: State, hidden: jax.Array) -> jax.Array:
         """float32 [N, vocab_size] of hidden states [N, d]."""
@@ -104,6 +109,7 @@ class TracedModule:
     def functions(self, state: State) -> ModelFunctions:
         """What the runner needs, with the arrays (or their shapes) of `state`."""
         config = self._vllm_config.model_config
+        self._places = Places(self.model)  # once more: some models get parameters only while they are loaded
         if not self.layers:
             raise TpuInferenceError(
                 f"{type(self.model).__name__} has no attention layer with a KV cache: it is not served."
@@ -159,13 +165,15 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
     alone = copy.copy(vllm_config)
     alone.parallel_config = copy.copy(vllm_config.parallel_config)
     alone.parallel_config.tensor_parallel_size = alone.parallel_config.world_size = 1
+    alone.device_config = copy.copy(vllm_config.device_config)
+    alone.device_config.device = torch.device("cpu")  # where the module is built; vLLM has None for TPU
     return alone
 
 
 def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildContext]:
     """vLLM's module, its parameters allocated and not written, its layers computing by ours."""
     start_torch_alone(vllm_config)
-    import_torchax()
+    lowerings.register()
     model_config = vllm_config.model_config
     scan_layers = TpuConfig.from_vllm(vllm_config).scan_layers
     ctx = BuildContext(mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers)
@@ -208,10 +216,28 @@ def load_vllm_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
     if dummy:
         return traced.functions(state.fill(random_array))
     state.stream()
-    with set_current_vllm_config(vllm_config):
+    with set_current_vllm_config(vllm_config), _names_loaded(traced.model) as loaded:
         get_model_loader(vllm_config.load_config).load_weights(traced.model, vllm_config.model_config)
-    state.check(vllm_config.model_config.model)
+    state.check(vllm_config.model_config.model, loaded)
     return traced.functions(state.finish())
+
+
+@contextmanager
+def _names_loaded(model: torch.nn.Module) -> Iterator[set[str]]:
+    """Filled with the names that the model's `load_weights` says it has loaded, before vLLM's loader adds to them."""
+    names: set[str] = set()
+    load = model.load_weights
+
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        names.update(loaded or ())
+        return loaded
+
+    model.load_weights = load_weights
+    try:
+        yield names
+    finally:
+        del model.load_weights
 
 
 def abstract_vllm_model(vllm_config: VllmConfig, mesh: Mesh) -> ModelFunctions:

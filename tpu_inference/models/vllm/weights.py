@@ -5,7 +5,7 @@ vLLM allocates parameters without writing them, so that those not read yet take 
 assembled.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -163,19 +163,28 @@ class DeviceState:
         sharding = named_sharding(self._mesh, (None, *axes))
         return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
-    def check(self, where: str) -> None:
-        """Raises CheckpointError that names the weights of linear layers, embeddings and experts that were not read: vLLM lets those pass."""
+    def check(self, where: str, loaded: Collection[str]) -> None:
+        """Raises CheckpointError that names the weights of linear layers, embeddings and experts that were not read: vLLM lets those pass.
+
+        Args:
+            loaded: names that the model says it has loaded; some models fill parameters without asking the parameters' loaders.
+        """
         problems = []
         for owned in self._owned:
             missing, expected = self._missing[id(owned)], owned.expected_numel
-            if isinstance(owned.owner, LinearBase | VocabParallelEmbedding | RoutedExperts) and missing > 0:
-                kind = "missing" if missing == expected else f"incomplete ({expected - missing} of {expected} numbers)"
+            unread = missing == expected and owned.prefix + owned.name not in loaded
+            partly = 0 < missing < expected
+            if isinstance(owned.owner, LinearBase | VocabParallelEmbedding | RoutedExperts) and (unread or partly):
+                kind = "missing" if unread else f"incomplete ({expected - missing} of {expected} numbers)"
                 problems.append(f"{kind}: {owned.prefix}{owned.name} {list(owned.shape)}")
         if problems:
             raise CheckpointError(where, problems)
 
     def finish(self) -> State:
-        """Move what is left, buffers too."""
+        """Move what is left, buffers too, and parameters that the model made while it was loaded (a head's bias)."""
+        known = {id(owned.tensor) for owned in self._owned}
+        made = _owned_parameters(self._model, self._mesh.shape[MODEL_AXIS])
+        self._owned += [owned for owned in made if owned.tensor.numel() and id(owned.tensor) not in known]
         for owned in self._owned:
             if id(owned) not in self._moved:
                 self._move(owned)

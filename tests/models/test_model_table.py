@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of PyTorch models: a sample of it is checked again, and the page says what the results say."""
+
+import json
+
+import pytest
+
+from helpers.architectures import ARCHITECTURES
+from helpers.pytorch_models import greedy_of, mesh, vllm_config
+from helpers.scripts import load_script
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.models.common.refused import REFUSED
+from tpu_inference.models.common.registry import choose_implementation, supported_architectures
+
+table = load_script("model_table")
+SAMPLE = ("GPT2LMHeadModel", "BloomForCausalLM", "FalconForCausalLM", "GPTNeoXForCausalLM", "Cohere2ForCausalLM",
+          "MixtralForCausalLM", "DeepseekV3ForCausalLM", "GraniteForCausalLM")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("architectures")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SAMPLE)
+def test_a_sample(architecture, directory):
+    """Layers scanned on two devices: what the table checks apart."""
+    from helpers import architectures
+
+    from tpu_inference.models.vllm.vllm_model_wrapper import load_vllm_model
+
+    path = architectures.save(architecture, directory)
+    _, expected = table.by_transformers(path)
+    functions = load_vllm_model(vllm_config(path), mesh(2), dummy=False)
+    _, tokens = greedy_of(functions, table.PROMPT, table.COUNT)
+    assert tokens == expected
+
+
+@pytest.mark.all_models
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all(architecture, directory):
+    kept = json.loads(table.RESULTS.read_text())["rows"][architecture]
+    row = table.check(architecture, directory)
+    assert table.passes(row) == table.passes(kept), row
+
+
+def test_the_page_is_what_the_results_say():
+    results = json.loads(table.RESULTS.read_text())
+    assert table.PAGE.read_text() == table.render(results)
+    assert set(results["rows"]) == set(ARCHITECTURES)
+    assert sum(map(table.passes, results["rows"].values())) >= 40
+
+
+def test_what_is_refused_says_why():
+    for architecture, reason in REFUSED.items():
+        with pytest.raises(TpuInferenceError, match=architecture) as error:
+            choose_implementation([architecture], "auto")
+        assert reason in str(error.value)
+
+
+def test_no_row_is_both_served_and_refused():
+    assert not REFUSED.keys() & {*ARCHITECTURES, *supported_architectures()}
