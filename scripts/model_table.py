@@ -34,8 +34,8 @@ two devices (layers looped over); and whether the step compiles for v6e, with at
 """.strip()
 REST = """
 State-space and linear-attention layers (Mamba, Jamba, Falcon-H1, …) are refused by the name of what they need: their state is not served yet.
-Not in the table, for want of a class in transformers to compare with: InternLM2 and 3, ChatGLM, EXAONE (before 4), Solar and others whose
-code comes with the checkpoint. They load by vLLM's class like the rest, and nothing was checked. MPT, Baichuan, InternLM (1), QWen (1),
+ChatGLM, EXAONE, InternLM2 and 3, MiniCPM, Orion and Solar have no class in transformers: their checkpoints are another architecture's that
+computes the same, rewritten. Others whose code comes with the checkpoint are not in the table. MPT, Baichuan, InternLM (1), QWen (1),
 Persimmon and others named in older lists are no longer in vLLM 0.32.0.
 """.strip()
 VERSIONS = ("vllm", "transformers", "torch", "torchax", "jax", "libtpu")
@@ -96,7 +96,7 @@ def check(architecture: str, directory: Path) -> dict[str, Any]:
     row: dict[str, Any] = {}
     try:
         path = architectures.save(architecture, directory)
-        logprobs, tokens = by_transformers(path)
+        logprobs, tokens = by_transformers(architectures.for_transformers(path))
         for column, shards, scanned in (("tokens", 1, True), ("tensor parallel", 2, False)):
             functions = load_vllm_model(vllm_config(path, scan_layers=scanned), mesh(shards), dummy=False)
             row["loads"] = True
@@ -157,11 +157,11 @@ def render(results: dict[str, Any]) -> str:
 
 def run(only: list[str]) -> dict[str, Any]:
     """Check, keeping results as they come."""
-    from helpers.architectures import ARCHITECTURES
+    from helpers.architectures import NAMES
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and only else {"rows": {}}
     with tempfile.TemporaryDirectory() as directory:
-        for name in only or ARCHITECTURES:
+        for name in only or NAMES:
             row = results["rows"][name] = check(name, Path(directory))
             print("pass" if passes(row) else "FAIL", name, row, flush=True)
             results["date"] = date.today().isoformat()

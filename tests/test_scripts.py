@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/: the generated table of models, and how the installer refuses."""
+"""scripts/: the generated tables, and how the installer refuses."""
 
 import importlib.util
 import os
@@ -27,17 +27,32 @@ def test_table_has_every_architecture(gen):
     assert all(f"`{name}`" in table for name in supported_architectures())
 
 
+def test_table_has_every_sampling_parameter(gen):
+    """Served or refused with a reason, as requests are checked."""
+    from vllm import SamplingParams
+
+    from tpu_inference.platforms import requests
+
+    names = ("SERVED", "FRONT_END", "REASONS")
+    read = gen.literals(ROOT / "tpu_inference/platforms/requests.py", *names)
+    assert read == {name: getattr(requests, name) for name in names}
+    assert set(requests.REASONS) == set(requests.UNSERVED)
+    rows = gen.sampling_table(*read.values()).splitlines()[2:]
+    fields = [name for name in SamplingParams.__struct_fields__ if not name.startswith("_")]
+    assert sorted(row.split("`")[1] for row in rows) == sorted(fields)
+
+
 def test_region_is_replaced_and_the_rest_kept(gen):
-    text = f"before\n{gen.BEGIN}\nold\n{gen.END}\nafter\n"
-    once = gen.replace_region(text, "new")
-    assert once == f"before\n{gen.BEGIN}\nnew\n{gen.END}\nafter\n"
+    begin, end = gen.BEGIN.format("models"), gen.END.format("models")
+    once = gen.replace_region(f"before\n{begin}\nold\n{end}\nafter\n", "new")
+    assert once == f"before\n{begin}\nnew\n{end}\nafter\n"
     assert gen.replace_region(once, "new") == once
 
 
 @pytest.mark.parametrize("markers", ["", "{0}", "{1} {0}", "{0} {1} {0} {1}"])
 def test_wrong_markers_are_an_error(gen, markers):
     with pytest.raises(ValueError, match="needs one"):
-        gen.replace_region(markers.format(gen.BEGIN, gen.END), "new")
+        gen.replace_region(markers.format(gen.BEGIN.format("models"), gen.END.format("models")), "new")
 
 
 @pytest.fixture

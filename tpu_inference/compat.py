@@ -11,19 +11,23 @@
 | `get_engine_process_shutdown_timeout` wrapped | `grant_engine_shutdown_grace` | SIGTERM with requests running kills the engine at once, and the server hangs | the grace is not ROCm's alone |
 | `VLLM_WORKER_MULTIPROC_METHOD` | `choose_start_method` | vLLM forks the engine unless CUDA has started; it does not look at JAX | it asks the platform |
 | `import torchax` | `import_torchax` | torchax 0.0.13 names ATen overloads that torch 2.13 has dropped | a torchax made for torch 2.13 |
+| `Tensor.type_as` of torchax | `import_torchax` | torchax 0.0.13 changes the tensor itself, and knows no views | torchax returns another |
 | one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
 | `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
-| logits processor plugins | `unserved_logits_processors` | vLLM drops them silently for TPU | they are served |
+| loading of custom logits processors | `custom_logits_processors` | vLLM drops them silently for TPU; the runner serves them | a platform can say that it does |
+| `ThinkingBudgetStateHolder`, one a request | `thinking_budget_state` | the state behind `thinking_token_budget` is part of vLLM's own sampler | it is public |
 """
 
+import atexit
 import logging
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -42,11 +46,6 @@ def quiet_torch_accelerator() -> None:
     for name in ("empty_cache", "empty_host_cache", "synchronize"):
         if hasattr(torch.accelerator, name):
             setattr(torch.accelerator, name, nothing)
-
-
-def unserved_logits_processors() -> list[str]:
-    """Logits processors that installed packages declare; vLLM loads them everywhere but on the TPU platform."""
-    return [f"{entry.name} ({entry.value})" for entry in entry_points(group="vllm.logits_processors")]
 
 
 def weight_files(model_config: Any, load_config: Any) -> list[str]:
@@ -176,24 +175,65 @@ def import_torchax() -> ModuleType:
             for name in ("torchax", "torchax.decompositions", "torchax.ops.jaten", "torchax.ops.jtorch"):
                 import_module(name)
         quiet_torch_accelerator()  # its import makes "jax" torch's accelerator
+        torchax = sys.modules["torchax"]
+        for tensor in (torchax.tensor.Tensor, torchax.view.View):
+            tensor.type_as = lambda self, other: self.to(other.dtype)
         # It warns of every `.data`, which vLLM's norms read.
         logging.getLogger("torchax.tensor").setLevel(logging.ERROR)
     return sys.modules["torchax"]
+
+
+@cache
+def _rendezvous() -> str:
+    """A file where the process group of one meets, as long as the process lives."""
+    directory = tempfile.mkdtemp(prefix="tpu-inference-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return f"file://{directory}/store"
 
 
 def start_torch_alone(vllm_config: Any) -> None:
     """What vLLM's PyTorch classes need around them: a process group of one, and operations that are plain torch."""
     import vllm.ir
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
-    from vllm.distributed.parallel_state import model_parallel_is_initialized
+    from vllm.distributed import (
+        destroy_model_parallel,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
 
     vllm.ir.set_default_torch_wrap(False)
     vllm_config.kernel_config.ir_op_priority.set_default()
-    if model_parallel_is_initialized():
-        return
-    with set_current_vllm_config(vllm_config), tempfile.NamedTemporaryFile(prefix="tpu-inference-") as rendezvous:
+    # Which groups there are depends on the model: those of one served before in this process may not do.
+    destroy_model_parallel()
+    with set_current_vllm_config(vllm_config):
         init_distributed_environment(
-            world_size=1, rank=0, local_rank=0, distributed_init_method=f"file://{rendezvous.name}.store", backend="gloo"
+            world_size=1, rank=0, local_rank=0, distributed_init_method=_rendezvous(), backend="gloo"
         )
         ensure_model_parallel_initialized(1, 1)
+
+
+def thinking_budget_state(reasoning_config: Any, params: Any, prompt: list[int]) -> Any:
+    """vLLM's `ThinkingBudgetStateHolder` of one request, at index 0."""
+    import torch
+    from vllm.v1.sample.logits_processor import BatchUpdate
+    from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
+
+    holder = ThinkingBudgetStateHolder(reasoning_config, 1, 0, torch.device("cpu"), False)
+    holder.sync_batch(BatchUpdate(batch_size=1, removed=(), added=((0, params, prompt, []),), moved=()))
+    return holder
+
+
+def custom_logits_processors(given: Sequence[Any] | None) -> list[type]:
+    """Classes of the logits processors that installed packages declare and that `--logits-processors` names, in vLLM's order.
+
+    vLLM loads them on every platform but TPU, whose first runner did not serve them.
+    """
+    from vllm.v1.sample import logits_processor
+
+    return logits_processor._load_logitsprocs_plugins() + logits_processor._load_logitsprocs_by_fqcns(given)
+
+
+@cache
+def loaded_logits_processors(given: tuple[Any, ...]) -> tuple[type, ...]:
+    """`custom_logits_processors`, loaded once: every request is checked against them."""
+    return tuple(custom_logits_processors(given))

@@ -160,8 +160,8 @@ ENV_VARS: dict[str, EnvVar] = {
             _choice("auto", "flax_nnx", "vllm"),
             "auto, flax_nnx or vllm",
             "auto",
-            "Which implementation of a model to use, where `--model-impl` does not say: `flax_nnx` (JAX), `vllm` (vLLM's PyTorch class, lowered by torchax), "
-            "or `auto`: JAX where there is a class for it.",
+            "Which implementation of a model to use, where `--model-impl` does not say: `flax_nnx` (JAX), `vllm` (vLLM's PyTorch class), or `auto`: "
+            "JAX where there is a class for it.",
         ),
         EnvVar(
             "PREFILL_SLICES", _slices, _SLICE_VALUES, (), "Slices for disaggregated prefill. Not served yet: refused."

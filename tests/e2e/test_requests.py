@@ -48,21 +48,9 @@ def test_bad_values(llm, fields):
         generate(llm, [PROBE], SamplingParams(**fields))
 
 
-UNSERVED = dict(
-    presence_penalty=0.5,
-    frequency_penalty=0.5,
-    repetition_penalty=1.5,
-    logit_bias={5: 1.0},
-    allowed_token_ids=[5, 6],
-    logprob_token_ids=[5],
-    extra_args={"x": 1},
-)
-
-
-@pytest.mark.parametrize("name", UNSERVED)
-def test_unserved_fields_are_refused_by_name(llm, name):
-    with pytest.raises(VLLMValidationError, match=name):
-        generate(llm, [PROBE], SamplingParams(**{name: UNSERVED[name]}))
+def test_unserved_fields_are_refused_by_name(llm):
+    with pytest.raises(VLLMValidationError, match="extra_args"):
+        generate(llm, [PROBE], SamplingParams(extra_args={"x": 1}))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 8], ids=["queued", "prefilling", "prefilling further", "decoding"])

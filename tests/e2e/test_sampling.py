@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
 from helpers.engines import engine, free_blocks
 from helpers.tiny_models import logprobs
@@ -126,7 +127,7 @@ def test_without_a_seed_every_request_differs(llm):
 
 
 def mixed_batch():
-    """Nine requests that differ in everything, all of which say what they want: (prompts, params)."""
+    """A dozen requests that differ in everything, all of which say what they want: (prompts, params)."""
     common = dict(max_tokens=24, ignore_eos=True)
     params = [
         SamplingParams(temperature=0, **common),
@@ -138,18 +139,23 @@ def mixed_batch():
         SamplingParams(temperature=0, logprobs=2, **common),
         SamplingParams(temperature=2.0, seed=0, top_k=50, top_p=0.95, min_p=0.01, **common),
         SamplingParams(temperature=0, min_tokens=20, max_tokens=24),
+        SamplingParams(temperature=0, repetition_penalty=1.4, frequency_penalty=0.5, **common),
+        SamplingParams(
+            temperature=1.0, seed=11, presence_penalty=1.0, logit_bias={300: 2.0}, bad_words=["fox"], **common
+        ),
+        SamplingParams(temperature=1.0, seed=12, allowed_token_ids=list(range(200, 900)), logprobs=1, **common),
     ]
-    prompts = [f"{STORY}, there was a kind fox. " * (i % 4) + TEXT for i in range(9)]
+    prompts = [f"{STORY}, there was a kind fox. " * (i % 4) + TEXT for i in range(len(params))]
     return prompts, params
 
 
-def test_alone_and_among_nine(llm):
+def test_alone_and_among_a_dozen(llm):
     prompts, params = mixed_batch()
     alone = [ids(complete(llm, prompt, p)[0]) for prompt, p in zip(prompts, params, strict=True)]
     assert [ids(out) for out in complete(llm, prompts, params)] == alone
     backwards = complete(llm, prompts[::-1], params[::-1])
     assert [ids(out) for out in backwards[::-1]] == alone
-    assert len({tuple(answer[0]) for answer in alone}) >= 8
+    assert len({tuple(answer[0]) for answer in alone}) >= 11
 
 
 def test_seeds_differ(llm):
@@ -288,6 +294,99 @@ def test_the_more_urgent_request_goes_first(llm):
         order += [out.request_id for out in llm.llm_engine.step() if out.finished]
     assert [name for name in order if name in ("late", "normal", "urgent")] == ["urgent", "normal", "late"]
     assert sorted(name for name in order if name in running) == sorted(running)
+
+
+# ------------------------------------------------------------------------------- what a request makes of the probabilities
+
+
+def test_penalties_keep_words_from_coming_again(llm):
+    def answer(**params):
+        return complete_one(llm, STORY, max_tokens=60, ignore_eos=True, **params).token_ids
+
+    free = answer()
+    for params in (dict(presence_penalty=2.0, frequency_penalty=2.0), dict(repetition_penalty=2.0)):
+        kept = answer(**params)
+        first = next(i for i in range(60) if kept[i] != free[i])
+        seen = {*llm.get_tokenizer().encode(STORY), *free[:first]}
+        assert free[first] in seen and kept[first] not in free[:first], (
+            "what changes is that a token does not come again"
+        )
+
+
+def test_biases_allowed_tokens_and_bad_words(llm):
+    assert set(complete_one(llm, STORY, max_tokens=5, logit_bias={300: 100.0, 301: -100.0}).token_ids) == {300}
+    assert set(complete_one(llm, STORY, max_tokens=20, allowed_token_ids=[300, 301, 302]).token_ids) <= {300, 301, 302}
+    text = complete_one(llm, STORY, max_tokens=40).text
+    words = text.split()
+    bad = f"{words[3]} {words[4]}"
+    without = complete_one(llm, STORY, max_tokens=40, bad_words=[f" {bad}", bad]).text
+    assert bad in text and bad not in without
+    assert without.split()[:3] == words[:3], "nothing changes before"
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_logprob_token_ids(llm, probs, count):
+    """Beside a request for the likeliest and one for none."""
+    asked = list(range(5, 5 + count))
+    common = dict(temperature=0, max_tokens=3)
+    named, likeliest_, none = complete(
+        llm, [TEXT] * 3,
+        [SamplingParams(**common, logprob_token_ids=asked), SamplingParams(**common, logprobs=2), SamplingParams(**common)],
+    )  # fmt: skip
+    first = named.outputs[0].logprobs[0]
+    assert set(first) == {*asked, named.outputs[0].token_ids[0]}
+    for token in asked:
+        assert first[token].logprob == pytest.approx(np.log(probs[token]), abs=1e-2)
+    assert {len(entry) for entry in likeliest_.outputs[0].logprobs} == {2} and none.outputs[0].logprobs is None
+
+
+def test_prompt_logprobs_in_chunks_and_with_a_prefix_cache(llm):
+    """The prompt is longer than a step, and in the cache: each position is scored by transformers' distribution before it."""
+    prompt = f"{STORY}, there was a kind fox named Mia who lived in a valley. " * 2
+    complete_one(llm, prompt, max_tokens=1)
+    tokens = llm.get_tokenizer().encode(prompt)
+    expected = logprobs(MODEL, tokens)
+    for _ in range(2):
+        (out,) = complete(llm, prompt, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2))
+        assert out.prompt_logprobs[0] is None and len(out.prompt_logprobs) == len(tokens)
+        for i, entry in enumerate(out.prompt_logprobs[1:]):
+            assert entry[tokens[i + 1]].logprob == pytest.approx(expected[i, tokens[i + 1]], abs=2e-3)
+            assert set(np.argsort(-expected[i])[:1]) <= set(entry)
+
+
+def test_beam_search_is_vllms_own(llm):
+    (best,) = llm.beam_search([{"prompt": STORY}], BeamSearchParams(beam_width=4, max_tokens=12, ignore_eos=True))
+    greedy = complete_one(llm, STORY, max_tokens=12, ignore_eos=True, logprobs=0)
+    beams = [sequence.cum_logprob for sequence in best.sequences]
+    assert len({tuple(sequence.tokens) for sequence in best.sequences}) == 4
+    assert beams == sorted(beams, reverse=True) and beams[0] >= greedy.cumulative_logprob - 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["raw_logits", "processed_logprobs", "processed_logits"])
+def test_modes_and_logprobs_of_the_whole_vocabulary(probs, mode):
+    few = {"scan_layers": True, "background_compile": False, "token_buckets": [16]}
+    with engine(MODEL, **{**OPTIONS, "additional_config": few}, max_logprobs=-1, logprobs_mode=mode) as other:
+        asked = dict(logprobs=-1, max_tokens=2, temperature=1.0, top_k=10, seed=1)
+        (out,) = complete(other, TEXT, SamplingParams(**asked, prompt_logprobs=-1))
+        (few_of_them,) = complete(other, TEXT, SamplingParams(**{**asked, "logprobs": 3}))
+    entry, vocab = out.outputs[0].logprobs[0], len(probs)
+    assert len(entry) == vocab and all(len(position) == vocab for position in out.prompt_logprobs[1:])
+    values = np.array([entry[token].logprob for token in range(vocab)])
+    order = np.argsort(-probs)
+    if mode == "raw_logits":
+        np.testing.assert_allclose(values - values[order[0]], np.log(probs / probs.max()), atol=0.02)
+    else:
+        assert np.isfinite(values).sum() == 10 and set(np.flatnonzero(np.isfinite(values))) == set(order[:10])
+        if mode == "processed_logprobs":
+            np.testing.assert_allclose(
+                np.exp(values[order[:10]]), probs[order[:10]] / probs[order[:10]].sum(), atol=1e-3
+            )
+    again = few_of_them.outputs[0].logprobs[0]
+    assert len(again) in (3, 4) and all(again[t].logprob == pytest.approx(values[t]) for t in again)
+    # Of a prompt nothing is processed.
+    scored = np.array([out.prompt_logprobs[1][token].logprob for token in range(vocab)])
+    assert np.isclose(np.exp(scored).sum(), 1, atol=1e-3) is np.bool_(mode.endswith("logprobs"))
 
 
 def test_another_engine_draws_the_same(llm):

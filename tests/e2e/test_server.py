@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's OpenAI-compatible server on the demo model: answers, refusals, clients that go, and how it starts and stops."""
 
+import json
 import math
 import re
 import signal
@@ -133,23 +134,70 @@ def test_metrics(serving):
         assert serving.metric(name) > 0
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------------------------- sampling and structure
 
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        dict(presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.3),
+        dict(logit_bias={"5": 3}, bad_words=["fox"]),
+        dict(allowed_token_ids=[300, 301], logprobs=0),
+        dict(min_tokens=4, stop_token_ids=list(range(2, 300))),
+    ],
+    ids=str,
+)
+def test_parameters_of_completions(serving, body):
+    choice = serving.complete(STORY, **{"max_tokens": 5, **body})
+    assert choice["text"] and choice["finish_reason"] in ("length", "stop")
+
+
+def test_a_json_schema_in_chat(serving):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    response_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    status, answer = serving.post(
+        "/v1/chat/completions", messages=HELLO, response_format=response_format, max_tokens=200, temperature=1.0, seed=1
+    )
+    assert status == 200
+    assert json.loads(answer["choices"][0]["message"]["content"])["a"] in ("x", "y")
+
+
+def test_a_tool_that_must_be_called(serving):
+    tool = {
+        "type": "function",
+        "function": {"name": "go", "parameters": {"type": "object", "properties": {"to": {"enum": ["n", "s"]}}}},
+    }
+    choice = {"type": "function", "function": {"name": "go"}}
+    status, answer = serving.post(
+        "/v1/chat/completions",
+        messages=HELLO,
+        tools=[tool],
+        tool_choice=choice,
+        max_tokens=200,
+        temperature=1.0,
+        seed=1,
+    )
+    assert status == 200, answer
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "go" and isinstance(json.loads(call["function"]["arguments"]), dict)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(
     ("body", "named"),
     [
-        (dict(presence_penalty=0.5), "presence_penalty"),
-        (dict(frequency_penalty=-0.5), "frequency_penalty"),
-        (dict(repetition_penalty=1.3), "repetition_penalty"),
-        (dict(logit_bias={"5": 3}), "logit_bias"),
-        (dict(allowed_token_ids=[5, 6]), "allowed_token_ids"),
-        (dict(bad_words=["fox"]), "bad_words"),
-        (dict(structured_outputs={"json": SCHEMA}), "structured_outputs"),
-        (dict(structured_outputs={"choice": ["a", "b"]}), "structured_outputs"),
-        (dict(response_format={"type": "json_object"}), "structured_outputs"),
+        (dict(structured_outputs={"json": {"type": "nothing"}}), "(?i)schema|grammar|type"),
+        (dict(structured_outputs={"regex": "(["}), "(?i)regex|grammar"),
+        (dict(allowed_token_ids=[]), "allowed_token_ids"),
+        (dict(logit_bias={"99999": 3}), "logit_bias"),
+        (dict(thinking_token_budget=5), "thinking_token_budget"),
         (dict(vllm_xargs={"custom": 1}), "extra_args"),
         (dict(temperature=-1), "temperature"),
         (dict(top_p=7), "top_p"),
@@ -172,12 +220,6 @@ def test_what_is_not_served_is_400_and_names_it(serving, body, named):
     assert re.search(named, answer["error"]["message"]), answer
 
 
-def test_a_json_schema_in_chat_is_400(serving):
-    response_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
-    status, answer = serving.post("/v1/chat/completions", messages=HELLO, response_format=response_format)
-    assert status == 400 and "structured_outputs" in answer["error"]["message"]
-
-
 def test_nan_is_refused(serving):
     """Python's JSON has a NaN, and so has the server's."""
     status, answer = serving.post("/v1/completions", prompt=STORY, max_tokens=2, temperature=float("nan"))
@@ -186,8 +228,8 @@ def test_nan_is_refused(serving):
 
 def test_a_stream_that_is_refused(serving):
     """vLLM has answered 200 by the time it looks at the request: the error is the stream's only event."""
-    (event,) = serving.stream("/v1/completions", prompt=STORY, presence_penalty=1)
-    assert event["error"]["code"] == 400 and event["error"]["param"] == "presence_penalty"
+    (event,) = serving.stream("/v1/completions", prompt=STORY, vllm_xargs={"custom": 1})
+    assert event["error"]["code"] == 400 and event["error"]["param"] == "extra_args"
 
 
 def test_a_client_that_goes_in_mid_stream(serving):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from helpers.twins import TWINS, rewrite
+
 VOCAB_SIZE = 304
 LAYERS = 5
 _DENSE: dict[str, Any] = dict(
@@ -72,9 +74,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GraniteForCausalLM": _A("GraniteConfig", dict(attention_multiplier=0.25, residual_multiplier=0.5, logits_scaling=2.0, embedding_multiplier=3.0)),
     "GraniteMoeForCausalLM": _A("GraniteMoeConfig", dict(num_local_experts=8, num_experts_per_tok=2, attention_multiplier=0.25)),
     "GraniteMoeSharedForCausalLM": _A("GraniteMoeSharedConfig", dict(num_local_experts=8, num_experts_per_tok=2, attention_multiplier=0.25, shared_intermediate_size=48)),
+    "GraniteMoeSWAForCausalLM": _A("GraniteMoeSWAConfig", dict(num_local_experts=8, num_experts_per_tok=2, attention_multiplier=0.25, shared_intermediate_size=48, sliding_window=32)),
+    "GraniteSWAForCausalLM": _A("GraniteSWAConfig", dict(attention_multiplier=0.25, residual_multiplier=0.5, sliding_window=32)),
     "HunYuanDenseV1ForCausalLM": _A("HunYuanDenseV1Config", dict(head_dim=16)),
+    "HunYuanMoEV1ForCausalLM": _A("HunYuanMoEV1Config", dict(head_dim=16, num_experts=8, moe_topk=2)),
     "HyperCLOVAXForCausalLM": _A("HyperCLOVAXConfig"),
+    "Jais2ForCausalLM": _A("Jais2Config", dict(head_dim=16)),
     "LlamaForCausalLM": _A("LlamaConfig"),
+    "MellumForCausalLM": _A("MellumConfig", dict(_MOE, head_dim=16)),
     "MiniCPM3ForCausalLM": _A("MiniCPM3Config", dict(q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4)),
     "Ministral3ForCausalLM": _A("Ministral3Config", dict(head_dim=16)),
     "MistralForCausalLM": _A("MistralConfig", dict(sliding_window=32)),
@@ -98,23 +105,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Starcoder2ForCausalLM": _A("Starcoder2Config", dict(sliding_window=32)),
     "VaultGemmaForCausalLM": _A("VaultGemmaConfig", dict(head_dim=16, tie_word_embeddings=True, sliding_window=32, query_pre_attn_scalar=16)),
 }  # fmt: skip
+NAMES = (*ARCHITECTURES, *TWINS)
+"""All that can be saved: those of transformers' own, and those rewritten from one."""
 
 
-def config(architecture: str) -> Any:
-    """transformers' config of the tiny model; AttributeError where this transformers has no such class."""
+def config(architecture: str, changes: dict[str, Any]) -> Any:
+    """transformers' config of the tiny model, with `changes`; AttributeError where this transformers has no such class."""
     import transformers
 
     entry = ARCHITECTURES[architecture]
-    fields = {k: v for k, v in {**entry.base, **entry.fields}.items() if v is not None}
+    fields = {k: v for k, v in {**entry.base, **entry.fields, **changes}.items() if v is not None}
     return getattr(transformers, entry.config)(architectures=[architecture], **fields)
 
 
-def build(architecture: str) -> torch.nn.Module:
-    """A float32 model with random weights."""
+def build(architecture: str, changes: dict[str, Any]) -> torch.nn.Module:
+    """A float32 model with random weights; its config has `changes`."""
     import transformers
 
     torch.manual_seed(len(architecture))
-    model = transformers.AutoModelForCausalLM.from_config(config(architecture), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config(architecture, changes), attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -124,12 +133,26 @@ def build(architecture: str) -> torch.nn.Module:
     return model.float().eval()
 
 
+def _save(architecture: str, path: Path, changes: dict[str, Any]) -> None:
+    build(architecture, changes).save_pretrained(path)
+    # transformers writes its own class's name, which is not always the registry's.
+    text = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**text, "architectures": [architecture]}))
+
+
 def save(architecture: str, directory: Path) -> str:
     """Save the checkpoint unless it is there; returns its directory."""
     path = directory / architecture
     if not (path / "config.json").exists():
-        build(architecture).save_pretrained(path)
-        # transformers writes its own class's name, which is not always the registry's.
-        text = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**text, "architectures": [architecture]}))
+        if twin := TWINS.get(architecture):
+            _save(twin.of, path / "twin", twin.base)
+            rewrite(architecture, path / "twin", path)
+        else:
+            _save(architecture, path, {})
     return str(path)
+
+
+def for_transformers(path: str) -> str:
+    """The checkpoint that transformers loads in the place of the one at `path`."""
+    twin = Path(path) / "twin"
+    return str(twin if twin.exists() else path)

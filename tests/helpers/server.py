@@ -22,7 +22,8 @@ NAME = "demo"
 ARGS = (
     "--served-model-name", NAME, "--host", HOST, "--max-model-len", "256", "--max-num-seqs", "8",
     "--max-num-batched-tokens", "128", "--num-gpu-blocks-override", "200",
-    "--additional-config", '{"token_buckets": [8, 128]}', "--dtype", "float32",
+    "--additional-config", '{"token_buckets": [8, 128]}', "--dtype", "float32", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+    "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}',
 )  # fmt: skip
 """Few programs to compile, and the same text whatever the batch: in bfloat16 near ties fall one way or the other."""
 # What tests/conftest.py sets for engines inside the tests' own process.

@@ -130,8 +130,7 @@ def test_cpu_runs_the_xla_form():
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_blocks_pad_little_and_divide_heads(spec):
-    q, k = spec.arguments()[:2]
-    config = heuristic(q, k, causal=spec.causal, masked=spec.segmented or spec.sliding_window is not None)
+    config = heuristic(spec.key(), None)
     for block in (config.block_q, config.block_k):
         blocks = -(-spec.tokens // block)
         assert block % LANES == 0 and blocks * block - spec.tokens < blocks * LANES
@@ -180,7 +179,7 @@ def kernel(monkeypatch):
     monkeypatch.setitem(api._INTERPRET, "pallas_interpret", pltpu.InterpretParams(detect_races=True))
 
     def check(args, config=None, **options):
-        monkeypatch.setattr(api, "heuristic", lambda *_, **__: config or Config(LANES, LANES, ahead=2))
+        monkeypatch.setattr(api, "config_for", lambda *_: config or Config(LANES, LANES, ahead=2))
         atol = 2e-2 if args[0].dtype == jnp.bfloat16 else 2e-4
         compare("pallas_interpret", args, atol=atol, **options)
         assert not interpret_pallas_call.races.races_found

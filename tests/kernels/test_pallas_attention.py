@@ -14,8 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from helpers.ragged_batches import MAX_ROWS, MAX_TOKENS, NUM_BLOCKS, TABLE, make_batch
 from tpu_inference.kernels.ragged_paged_attention import api, pallas, ragged_paged_attention
-from tpu_inference.kernels.ragged_paged_attention.decode import DecodeConfig
-from tpu_inference.kernels.ragged_paged_attention.prefill import PrefillConfig
+from tpu_inference.kernels.ragged_paged_attention.config import Config, DecodeConfig, PrefillConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.interpret]
 PAGE = 16
@@ -37,8 +36,8 @@ def op(form, scale, soft_cap, windowed, scales=None):
 @pytest.fixture(autouse=True)
 def small_blocks_and_no_race(monkeypatch):
     """Small batches take several blocks; and no test passes with a race."""
-    monkeypatch.setattr(pallas, "decode_config", lambda *_: DecodeConfig(pages_per_item=2, slots=4))
-    monkeypatch.setattr(pallas, "prefill_config", lambda *_: PrefillConfig(block_tokens=16, pages_per_chunk=2))
+    small = Config(DecodeConfig(pages_per_item=2, slots=4), PrefillConfig(block_tokens=16, pages_per_chunk=2))
+    monkeypatch.setattr(api, "config_for", lambda *_: small)
     monkeypatch.setitem(api._INTERPRET, "pallas_interpret", pltpu.InterpretParams(detect_races=True))
     yield
     assert not interpret_pallas_call.races.races_found

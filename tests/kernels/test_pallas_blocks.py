@@ -6,10 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpu_inference.kernels.ragged_paged_attention import implementation_for, kv_pages_shape, pallas
+from tpu_inference.kernels.ragged_paged_attention.config import BLOCK_QUERIES, VMEM_BYTES, ShapeKey, heuristic
 
 
 class Device:
@@ -25,25 +26,28 @@ def test_the_device_decides_the_form(platform, kind, form):
     assert implementation_for(Device(platform, kind)) == form
 
 
+@settings(deadline=None)
 @given(
     kv_heads=st.integers(1, 64), group=st.integers(1, 16), head_dim=st.sampled_from([64, 80, 96, 128, 192, 256]),
     page_size=st.sampled_from([16, 32, 64, 128, 256]), table=st.integers(1, 600),
     tokens=st.sampled_from([16, 64, 575, 2048]),
     dtype=st.sampled_from([jnp.float8_e4m3fn, jnp.bfloat16, jnp.float32]),
+    chip=st.sampled_from([None, "v5e", "v6e", "tpu7x"]),
 )  # fmt: skip
-def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_size, table, tokens, dtype):
+def test_buffers_fit_wherever_the_kernels_serve(kv_heads, group, head_dim, page_size, table, tokens, dtype, chip):
     pages = jax.ShapeDtypeStruct(kv_pages_shape(8, page_size, kv_heads, head_dim, "tpu"), dtype)
     if pallas.misfit(pages, jax.ShapeDtypeStruct((8, table), jnp.int32)):
         return
     page = math.prod(pages.shape[1:]) * pages.dtype.itemsize
-    decode = pallas.decode_config(pages, table)
+    key = ShapeKey.of(kv_heads * group, head_dim, jnp.bfloat16, pages)
+    config = heuristic(key, chip)
+    decode, prefill = config.decode.within(table), config.prefill.within(table, tokens)
     assert 1 <= decode.pages_per_item <= table
-    assert decode.slots * decode.pages_per_item * page <= pallas.VMEM_BYTES
-    prefill = pallas.prefill_config(pages, table, group, tokens)
+    assert decode.slots * decode.pages_per_item * page <= VMEM_BYTES
     assert 1 <= prefill.pages_per_chunk <= table
     assert prefill.block_tokens % 16 == 0
     assert prefill.block_tokens < 2 * max(tokens, 16)
-    assert prefill.block_tokens * group <= max(pallas.BLOCK_QUERIES, 16 * group)
+    assert prefill.block_tokens * group <= max(BLOCK_QUERIES, 16 * group)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpu_inference.layers.common import sampling
-from tpu_inference.layers.common.sampling import BLOCK, draw, gather_logprobs, mask_tokens, sample
+from tpu_inference.layers.common.sampling import BLOCK, draw, sample
+from tpu_inference.layers.common.sampling_logprobs import gather_logprobs, gather_logprobs_of
+from tpu_inference.layers.common.sampling_processors import (
+    HAS_BIAS,
+    IN_PROMPT,
+    IS_STOP,
+    KEEPS_ONE,
+    MASKS_STOPS,
+    RowParameters,
+    TokenTables,
+    apply_bitmask,
+    count_tokens,
+    process,
+    write_row,
+)
 
 ROWS, VOCAB = 8, 331
-DEFAULTS = dict(temperature=1.0, top_k=VOCAB, top_p=1.0, min_p=0.0)
-compiled_sample = jax.jit(lambda logits, arguments: sample(logits, **arguments))
+NEUTRAL = dict(
+    temperature=1.0, top_p=1.0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.0, repetition_penalty=1.0
+)  # fmt: skip
+
+
+@jax.jit
+def compiled_sample(logits, rows):
+    """Tokens of requests that say nothing of single tokens: their tables are empty."""
+    return sample(logits, empty_tables(logits.shape[0], logits.shape[1]), rows)[0]
+
+
+def empty_tables(slots, vocab):
+    return TokenTables(jnp.zeros((slots, vocab), jnp.int32), jnp.zeros((slots, vocab), jnp.float32))
+
+
 filters = {
     "top_k": jax.jit(sampling.filter_top_k),
     "top_p": jax.jit(sampling.filter_top_p),
@@ -23,15 +50,20 @@ filters = {
 }
 
 
-def arguments(rows, *, seeds=None, steps=None, masked=None, vocab=VOCAB, **parameters):
-    """Arguments of `sample` for `rows` alike."""
-    values = {**DEFAULTS, "top_k": vocab, **parameters}
-    out = {name: np.broadcast_to(np.asarray(value, np.float32), rows) for name, value in values.items()}
-    out["top_k"] = out["top_k"].astype(np.int32)
-    out["seeds"] = np.broadcast_to(np.asarray(0 if seeds is None else seeds, np.uint32), rows)
-    out["steps"] = np.broadcast_to(np.asarray(np.arange(rows) if steps is None else steps, np.int32), rows)
-    out["masked_ids"] = np.full((rows, 4), vocab, np.int32) if masked is None else np.asarray(masked, np.int32)
-    return out
+def arguments(rows, *, seeds=None, steps=None, vocab=VOCAB, **parameters):
+    """Parameters of `rows` alike, each in a slot of its own."""
+
+    def column(value, dtype):
+        return np.broadcast_to(np.asarray(value, dtype), rows)
+
+    values = {name: column(parameters.pop(name, neutral), np.float32) for name, neutral in NEUTRAL.items()}
+    integers = {**dict(slots=np.arange(rows), top_k=vocab, flags=0, forced_ids=-1), **parameters}
+    return RowParameters(
+        **values,
+        **{name: column(value, np.int32) for name, value in integers.items()},
+        seed=column(0 if seeds is None else seeds, np.uint32),
+        step=column(np.arange(rows) if steps is None else steps, np.int32),
+    )
 
 
 def softmax(x):
@@ -162,22 +194,19 @@ def test_limits_that_leave_one_token_are_greedy(limit):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_masked_ids_never_come_up(temperature):
+def test_stop_tokens_that_are_masked_never_come_up(temperature):
     logits = np.repeat(logits_of(4, rows=1), 512, axis=0)
     best = np.argsort(logits[0])[::-1]
-    masked = np.tile([best[0], best[2], VOCAB, VOCAB + 7], (512, 1))
-    masked[256:] = VOCAB
-    tokens = np.asarray(compiled_sample(logits, arguments(512, temperature=temperature, top_k=3, masked=masked)))
+    seen = np.zeros((512, VOCAB), np.int32)
+    seen[:, best[[0, 2]]] = IS_STOP
+    tables = TokenTables(jnp.asarray(seen), jnp.zeros((512, VOCAB)))
+    rows = arguments(512, temperature=temperature, top_k=3, flags=np.where(np.arange(512) < 256, MASKS_STOPS, 0))
+    tokens = np.asarray(jax.jit(sample)(logits, tables, rows)[0])
     # top-k counts what is left.
     if temperature == 0:
         assert set(tokens[:256]) == {best[1]} and set(tokens[256:]) == {best[0]}
     else:
         assert set(tokens[:256]) == {best[1], best[3], best[4]} and set(tokens[256:]) == set(best[:3])
-
-
-def test_mask_tokens():
-    out = np.asarray(mask_tokens(jnp.zeros((2, 5)), jnp.array([[0, 5, 9], [4, 4, 5]])))
-    assert np.isneginf(out).tolist() == [[True, False, False, False, False], [False, False, False, False, True]]
 
 
 def test_a_seed_and_a_step_decide_whatever_the_batch():
@@ -280,6 +309,59 @@ def test_a_masked_token_is_not_drawn_from_a_rounding_gap():
     assert np.isfinite(logits[0, token]), f"token {token} has no probability"
 
 
+# ---------------------------------------------------------------------------------- what is done to logits; vLLM's: tests/runner
+
+
+def test_apply_bitmask():
+    allowed = np.random.default_rng(0).random((3, 67)) < 0.5
+    bits = np.zeros((3, 96), bool)
+    bits[:, :67] = allowed
+    bitmask = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    out = np.asarray(jax.jit(apply_bitmask)(np.ones((3, 67), np.float32), bitmask))
+    assert (out == np.where(allowed, 1, -np.inf)).all()
+
+
+def test_each_row_reads_the_row_of_its_slot():
+    tables = empty_tables(3, 4)
+    for slot, (seen, bias) in {
+        2: ([0, IS_STOP, IN_PROMPT, 1], [0, 0, 0, 5.0]),
+        0: ([2, 0, 0, 0], [-np.inf] * 4),
+    }.items():
+        row = np.stack([np.array(seen, np.int32), np.array(bias, np.float32).view(np.int32)])
+        tables = jax.jit(write_row)(tables, np.int32(slot), row)
+    rows = arguments(
+        3, vocab=4, slots=[2, 1, 0], flags=[HAS_BIAS | MASKS_STOPS, HAS_BIAS, 0], repetition_penalty=[2, 2, 1],
+        presence_penalty=[0.5, 0.5, 0], frequency_penalty=[0, 0, 3],
+    )  # fmt: skip
+    out = np.asarray(process(jnp.full((3, 4), 2.0), tables, rows))
+    np.testing.assert_allclose(out, [[2, -np.inf, 1, 7 / 2 - 0.5], [2, 2, 2, 2], [2 - 6, 2, 2, 2]])
+
+
+def test_a_grammar_that_allows_stop_tokens_only_ends():
+    seen = jnp.array([[IS_STOP, IS_STOP, 0]])
+    for flags, left in ((MASKS_STOPS, [-np.inf] * 3), (MASKS_STOPS | KEEPS_ONE, [1, 2, -np.inf])):
+        rows = arguments(1, vocab=3, flags=flags)
+        out = process(jnp.array([[1.0, 2.0, -jnp.inf]]), TokenTables(seen, jnp.zeros((1, 3))), rows)
+        assert out[0].tolist() == left
+
+
+def test_a_forced_token_is_sampled():
+    rows = arguments(ROWS, temperature=np.tile([0.0, 2.0], ROWS // 2), forced_ids=np.arange(ROWS) - 1)
+    logits = logits_of(12)
+    tokens = np.asarray(compiled_sample(logits, rows))
+    assert tokens[1:].tolist() == list(range(ROWS - 1)) and tokens[0] == logits[0].argmax()
+
+
+def test_tokens_are_counted_in_the_slots_that_sample():
+    tables = count_tokens(empty_tables(3, 4), jnp.array([2, 0, 3, 2]), jnp.array([1, 3, 0, 1]))
+    assert tables.seen.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 2, 0, 0]]
+
+
+def test_a_row_that_allows_nothing_gives_a_token_of_the_vocabulary():
+    tokens = compiled_sample(np.full((2, 200), -np.inf, np.float32), arguments(2, vocab=200))
+    assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < 200)).all()
+
+
 # ------------------------------------------------------------------------------------------------------------------- logprobs
 
 
@@ -309,3 +391,21 @@ def test_logprobs_of_large_logits():
     out = gather_logprobs(jnp.array([[1e4, 1e4 - 1, -jnp.inf]]), jnp.array([1], jnp.int32), 3)
     np.testing.assert_allclose(out.logprobs[0, :3], np.log(softmax(np.array([[0.0, 1.0]])))[0][[0, 1, 0]], atol=1e-4)
     assert np.isneginf(out.logprobs[0, 3]) and out.ranks.tolist() == [2]
+
+
+def test_logits_in_place_of_logprobs():
+    logits = logits_of(11)
+    out = gather_logprobs(logits, np.zeros(ROWS, np.int32), 2, normalised=False)
+    np.testing.assert_array_equal(out.logprobs[:, 0], logits[:, 0])
+    np.testing.assert_array_equal(out.logprobs[:, 1], logits.max(-1))
+
+
+def test_logprobs_of_given_tokens():
+    logits, tokens = logits_of(13), np.arange(ROWS, dtype=np.int32)
+    others = np.tile(np.array([7, 0, VOCAB], np.int32), (ROWS, 1))
+    out = jax.jit(gather_logprobs_of)(logits, tokens, others)
+    expected = np.log(softmax(logits))
+    np.testing.assert_allclose(out.logprobs[:, 0], expected[tokens, tokens], atol=1e-5)
+    np.testing.assert_allclose(out.logprobs[:, 1:3], expected[:, [7, 0]], atol=1e-5)
+    assert np.isneginf(out.logprobs[:, 3]).all()
+    np.testing.assert_array_equal(out.ranks, gather_logprobs(logits, tokens, 0).ranks)

@@ -65,8 +65,6 @@ def test_default_block_size(max_model_len, platform, size):
         (dict(dtype="float16"), "float16"),
         (dict(enable_prompt_embeds=True), "prompts given as embeddings"),
         (dict(model_impl="vllm"), "model_impl='vllm'"),
-        (dict(max_logprobs=-1), "max-logprobs"),
-        (dict(logprobs_mode="processed_logits"), "logprobs_mode"),
         (dict(additional_config={"typo": 1}), "unknown keys"),
         (dict(hf_overrides={"architectures": ["FalconForCausalLM"]}), "served are .*LlamaForCausalLM"),
     ],

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 
+from tpu_inference.layers.common.sampling_processors import HAS_BIAS, MASKS_STOPS
 from tpu_inference.runner.buckets import Bucket
 from tpu_inference.runner.input_batch import InputBatch, sampling_sizes
 from tpu_inference.runner.requests import RequestStates
-from tpu_inference.runner.step_inputs import MAX_MASKED_STOP_IDS, SamplingInputs, StepInputs
+from tpu_inference.runner.step_inputs import SamplingInputs, StepInputs
 
 SLOTS, VOCAB, BLOCKS, MAX_LEN = 6, 100, 5, 64
 
@@ -137,6 +138,10 @@ def test_every_row_reads_its_own_request(case, more_tokens, more_rows):
         (dict(temperature=0, min_tokens=2, stop_token_ids=[9]), 2, True),  # samples its first output
         (dict(temperature=0, min_tokens=2, stop_token_ids=[9]), 3, True),  # its second
         (dict(temperature=0, min_tokens=2, stop_token_ids=[9]), 4, False),  # its third may stop
+        (dict(temperature=0, repetition_penalty=1.1), 3, True),
+        (dict(temperature=0, logit_bias={1: 1.0}), 3, True),
+        (dict(temperature=0, allowed_token_ids=[1]), 3, True),
+        (dict(temperature=0, logprobs=3), 3, False),
     ],
 )
 def test_only_batches_that_need_it_carry_sampling_parameters(params, computed, needs):
@@ -166,8 +171,24 @@ def test_pack_sampling():
     assert inputs.seed[2] == 77
     # The position that the sampled token will have.
     assert inputs.step[:3].tolist() == [6, 6, 4]
-    nothing = [VOCAB] * MAX_MASKED_STOP_IDS
-    assert inputs.masked_ids.tolist() == [[8, 9, *nothing[2:]], nothing, nothing, nothing, nothing]
+    assert inputs.flags.tolist() == [MASKS_STOPS, 0, 0, 0, 0]
+    assert inputs.slots[:3].tolist() == [1, 2, 0]
+    assert inputs.forced_ids.tolist() == [-1] * 5
+    for name, neutral in (("presence_penalty", 0), ("frequency_penalty", 0), ("repetition_penalty", 1)):
+        assert getattr(inputs, name).tolist() == [neutral] * 5
+
+
+def test_pack_penalties_biases_and_forced_tokens():
+    penalties = dict(presence_penalty=0.5, frequency_penalty=-1, repetition_penalty=2)
+    states = states_of(a=([1], 3, dict(temperature=0, **penalties)), b=([1], 3, dict(logit_bias={4: 1.0})))
+    batch = InputBatch.build(states, {"a": 1, "b": 1})
+    inputs = SamplingInputs.views(batch.pack_sampling(states, 3, {1: 42}), sampling_sizes(3))
+    assert {name: getattr(inputs, name).tolist() for name in penalties} == {
+        name: [value, 1 if name.startswith("repetition") else 0, 1 if name.startswith("repetition") else 0]
+        for name, value in penalties.items()
+    }
+    assert inputs.flags.tolist() == [0, HAS_BIAS, 0]
+    assert inputs.forced_ids.tolist() == [-1, 42, -1]
 
 
 def test_the_randomness_of_a_request_does_not_depend_on_how_its_prompt_was_cut():

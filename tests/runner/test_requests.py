@@ -9,6 +9,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from tpu_inference.runner.requests import RequestStates
 
 VOCAB = 100
+MORE = dict(logit_bias={3: 1.0}, repetition_penalty=2.0)
 
 
 def states(max_num_seqs=3, num_groups=1, seed=0):
@@ -98,7 +99,9 @@ def test_continued_requests_extend_their_blocks():
 
 def test_finished_requests_leave_and_their_slots_are_reused_clean():
     s = states(max_num_seqs=2)
-    s.apply(step(new("a", [7] * 10, ([1, 2],), min_tokens=3, stop_token_ids=[5], logprobs=2, top_k=4, top_p=0.5)))
+    s.apply(
+        step(new("a", [7] * 10, ([1, 2],), min_tokens=3, stop_token_ids=[5], logprobs=2, top_k=4, top_p=0.5, **MORE))
+    )
     slot = s.slots["a"]
     s.apply(step(new("b", [1], ([4],))))
     s.apply(step(new("c", [2, 3], ([9],)), finished=["a"]))
@@ -106,7 +109,7 @@ def test_finished_requests_leave_and_their_slots_are_reused_clean():
     assert "a" not in s.slots and "a" not in s.requests
     assert tokens_of(s, "c") == [2, 3] and blocks_of(s, "c") == [9]
     assert s.num_prompt[slot] == 2
-    assert s.min_tokens[slot] == 0 and (s.masked_ids[slot] == VOCAB).all()
+    assert s.min_tokens[slot] == 0 and s.flags[slot] == 0 and s.repetition_penalty[slot] == 1
     assert s.num_logprobs[slot] == -1
     assert s.top_k[slot] == VOCAB and s.top_p[slot] == 1
 
@@ -172,6 +175,9 @@ def test_a_request_id_that_is_used_again():
         (dict(top_k=VOCAB + 5), dict(top_k=VOCAB)),
         (dict(logprobs=0), dict(num_logprobs=0)),
         (dict(logprobs=3), dict(num_logprobs=3)),
+        (dict(logprobs=-1), dict(num_logprobs=VOCAB)),
+        (dict(logprob_token_ids=[5]), dict(num_logprobs=-1)),
+        (dict(presence_penalty=1, frequency_penalty=-1), dict(presence_penalty=1, frequency_penalty=-1)),
         (dict(seed=42), dict(seed=42)),
         (dict(seed=2**32 + 3), dict(seed=3)),
     ],
@@ -182,12 +188,21 @@ def test_sampling_parameters(params, expected):
     assert {name: getattr(s, name)[s.slots["a"]] for name in expected} == expected
 
 
-def test_min_tokens_masks_every_stop_id():
+def test_only_who_depends_on_its_outputs_has_them_followed():
     s = states()
-    s.apply(step(new("a", [1], ([1],), min_tokens=4, stop_token_ids=[9, 5]), new("b", [1], ([2],), stop_token_ids=[9])))
-    row = s.masked_ids[s.slots["a"]]
-    assert row[:2].tolist() == [5, 9] and (row[2:] == VOCAB).all()
-    assert (s.masked_ids[s.slots["b"]] == VOCAB).all()
+    asks = params_of(bad_words=[[7], [8, 9]])
+    s.apply(step(new("a", [1], ([1],)), NewRequestData(**{**vars(new("b", [1, 2], ([2],))), "sampling_params": asks})))
+    assert [r.follows_outputs for r in s.requests.values()] == [False, True]
+    assert [r.req_id for r in s.admitted] == ["a", "b"]
+    first = s.requests["b"].outputs
+    s.apply(step(cached_requests=cached(("b", ([3],), 0), resumed={"b": [1, 2, 50, 51]}), preempted={"b"}))
+    assert s.requests["b"].outputs == [50, 51] and s.requests["b"].outputs is not first
+
+
+def params_of(bad_words):
+    made = SamplingParams()
+    made._bad_words_token_ids = bad_words
+    return made
 
 
 def test_seeds_follow_from_the_engines_seed():

@@ -17,7 +17,6 @@ SIZES = st.fixed_dictionaries(
         "rows": st.integers(1, 9),
         "groups": st.integers(1, 3),
         "blocks": st.integers(1, 7),
-        "masked": st.integers(1, 5),
     }
 )
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tpu_inference import envs
-from tpu_inference.compat import unserved_logits_processors
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import ConfigError
 
@@ -148,26 +147,6 @@ REFUSALS: tuple[Refusal, ...] = (
         _of_model(lambda m: m.enable_prompt_embeds), "prompts given as embeddings", "remove --enable-prompt-embeds"
     ),
     Refusal(_of_model(lambda m: m.enable_sleep_mode), "sleep mode", "remove --enable-sleep-mode"),
-    Refusal(
-        _of_model(lambda m: m.logits_processors),
-        "custom logits processors ({})",
-        "remove --logits-processors",
-    ),
-    Refusal(
-        lambda c: unserved_logits_processors(),
-        "logits processors of installed packages ({})",
-        "uninstall them from this environment",
-    ),
-    Refusal(
-        _of_model(lambda m: m.logprobs_mode != "raw_logprobs" and m.logprobs_mode),
-        "logprobs_mode={!r}",
-        "use --logprobs-mode raw_logprobs",
-    ),
-    Refusal(
-        _of_model(lambda m: m.max_logprobs == -1),
-        "logprobs of the whole vocabulary (max_logprobs=-1)",
-        "give --max-logprobs a number",
-    ),
     Refusal(_of_model(lambda m: m.enable_trace_replay), "trace replay", "remove --enable-trace-replay"),
     Refusal(_of_model(lambda m: m.return_sampling_mask), "returned sampling masks", "remove --return-sampling-mask"),
     Refusal(

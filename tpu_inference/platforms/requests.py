@@ -1,36 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request may not ask for yet. Anything not named here as served is refused, so a field that vLLM adds is never ignored silently."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
 
-SERVED = frozenset(
-    "temperature top_k top_p min_p seed logprobs prompt_logprobs stop_token_ids min_tokens ignore_eos max_tokens".split()
-)
-"""Fields that the runner honours."""
+# scripts/gen_support_table.py reads these three literals, so that docs/sampling.md says what is checked here.
+SERVED = {
+    "temperature": "below 1e-5 is greedy, as in vLLM",
+    "top_k": "tokens tied with the last one kept are kept",
+    "top_p": "tokens tied with the last one kept are kept",
+    "min_p": "",
+    "seed": "the same tokens whatever else is in the batch, after preemption, and after a restart",
+    "presence_penalty": "",
+    "frequency_penalty": "",
+    "repetition_penalty": "",
+    "logit_bias": "any number of tokens",
+    "allowed_token_ids": "any number of tokens",
+    "bad_words": "words of one token by the device alone; longer ones are looked for on the host",
+    "min_tokens": "masks every stop token, any number of them",
+    "stop_token_ids": "",
+    "ignore_eos": "",
+    "max_tokens": "",
+    "logprobs": "0, a number up to `--max-logprobs`, or -1; of what `--logprobs-mode` says",
+    "prompt_logprobs": "likewise; chunked prefill and prefix caching included, not with `skip_reading_prefix_cache=false`",
+    "logprob_token_ids": "each request gets its own, or its likeliest, whoever else is in the batch",
+    "structured_outputs": "JSON schema, regex, choice, grammar, structural tags: all of vLLM's backends",
+    "thinking_token_budget": "needs `--reasoning-parser` or `--reasoning-config`, as in vLLM",
+}
+"""Fields that the runner honours, each with a remark for the documentation."""
 
-FRONT_END = frozenset(
+FRONT_END = (
     "n stop detokenize skip_special_tokens spaces_between_special_tokens include_stop_str_in_output output_kind stream_interval flat_logprobs "
-    "skip_clone output_text_buffer_length skip_reading_prefix_cache repetition_detection".split()
+    "skip_clone output_text_buffer_length skip_reading_prefix_cache repetition_detection"
 )
 """Fields that vLLM honours above the runner, whatever the platform."""
 
-RESERVED_STOP_IDS = 8
-"""Room kept for the model's own end tokens, which vLLM adds after the request is checked."""
+REASONS = {
+    "extra_args": "nothing reads it without custom logits processors (--logits-processors, or a package that declares one)",
+    "watermarking": "there is no watermark to apply: --watermark-config is refused",
+    "routed_experts_prompt_start": "routed experts are not returned",
+    "prompt_logprob_token_ids": "only vLLM's V2 model runner scores given tokens of a prompt: ask for prompt_logprobs",
+    "prompt_logprob_start": "it belongs to prompt_logprob_token_ids, which is not served: ask for prompt_logprobs",
+    "trace_decode_token_ids": "tokens are not replayed: send them as the prompt and ask for prompt_logprobs",
+}
+"""Fields that are not served: why, and what to do."""
+
+WITH_PROCESSORS = frozenset({"extra_args"})
+"""Fields that only custom logits processors read: served where there are any."""
 
 _DEFAULTS = SamplingParams()
 UNSERVED = tuple(
-    name for name in SamplingParams.__struct_fields__ if not name.startswith("_") and name not in SERVED | FRONT_END
+    name
+    for name in SamplingParams.__struct_fields__
+    if not name.startswith("_") and name not in SERVED and name not in FRONT_END.split()
 )
-
-_HINT = (
-    " (If the request did not set it, the model's generation_config.json did: --generation-config vllm ignores that.)"
-)
-_HINTED = frozenset({"presence_penalty", "frequency_penalty", "repetition_penalty"})
 
 
 class RequestError(VLLMValidationError, ValueError):
@@ -43,30 +72,24 @@ def _is_set(value: Any, default: Any) -> bool:
     return bool(value) and value != default
 
 
-def _refuse_fields(params: SamplingParams) -> None:
+def _refuse_fields(params: SamplingParams, with_processors: bool) -> None:
     for name in UNSERVED:
-        value = getattr(params, name)
-        # A budget of 0 is false and still asks for something.
-        if _is_set(value, getattr(_DEFAULTS, name)) or (name == "thinking_token_budget" and value is not None):
-            hint = _HINT if name in _HINTED else ""
+        if with_processors and name in WITH_PROCESSORS:
+            continue
+        if _is_set(getattr(params, name), getattr(_DEFAULTS, name)):
+            reason = REASONS.get(name, "this vLLM is newer than what is served")
             raise RequestError(
-                f"{name} is not supported by tpu_inference yet: leave it out of the request.{hint}", parameter=name
+                f"{name} is not supported by tpu_inference ({reason}): leave it out of the request.", parameter=name
             )
 
 
 def _refuse_values(params: SamplingParams) -> None:
-    for name in ("logprobs", "prompt_logprobs"):
-        if getattr(params, name) == -1:
-            raise RequestError(f"{name}=-1 (the whole vocabulary) is not supported: ask for a number.", parameter=name)
-    if params.min_tokens and params.stop_token_ids:
-        from tpu_inference.runner.step_inputs import MAX_MASKED_STOP_IDS
-
-        most = MAX_MASKED_STOP_IDS - RESERVED_STOP_IDS
-        if len(params.stop_token_ids) > most:
-            raise RequestError(
-                f"min_tokens with {len(params.stop_token_ids)} stop_token_ids is not supported: give at most {most}.",
-                parameter="stop_token_ids",
-            )
+    # Logits of what the cache holds already are not computed; left alone, vLLM sets the field for such requests.
+    if params.prompt_logprobs is not None and params.skip_reading_prefix_cache is False:
+        raise RequestError(
+            "prompt_logprobs with skip_reading_prefix_cache=false is not supported: leave the latter out of the request.",
+            parameter="skip_reading_prefix_cache",
+        )
 
 
 def _refuse_inputs(inputs: Any, vocab_size: int | None) -> None:
@@ -80,10 +103,20 @@ def _refuse_inputs(inputs: Any, vocab_size: int | None) -> None:
         )
 
 
-def validate(inputs: Any, params: SamplingParams | PoolingParams, vocab_size: int | None = None) -> None:
-    """Raise a RequestError that names the first thing in the request that is not served."""
+def validate(
+    inputs: Any,
+    params: SamplingParams | PoolingParams,
+    vocab_size: int | None = None,
+    processors: Sequence[type[LogitsProcessor]] = (),
+) -> None:
+    """Raise a RequestError that names the first thing in the request that is not served, or that a custom logits processor refuses."""
     if isinstance(params, PoolingParams):
         raise RequestError("pooling requests are not supported: tpu_inference serves text generation.")
-    _refuse_fields(params)
+    _refuse_fields(params, bool(processors))
     _refuse_values(params)
     _refuse_inputs(inputs, vocab_size)
+    for processor in processors:
+        try:
+            processor.validate_params(params)
+        except ValueError as error:
+            raise RequestError(str(error)) from error

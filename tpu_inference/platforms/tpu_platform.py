@@ -13,7 +13,7 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from tpu_inference import envs, tpu_info
-from tpu_inference.compat import choose_start_method, grant_engine_shutdown_grace
+from tpu_inference.compat import choose_start_method, grant_engine_shutdown_grace, loaded_logits_processors
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.platforms.checks import SERVED_DTYPES, refuse_unserved
 
@@ -69,6 +69,7 @@ class TpuPlatform(Platform):
     additional_env_vars: list[str] = envs.forwarded()
     supported_quantization: list[str] = []  # noqa: RUF012
     _vocab_size: int | None = None
+    _logits_processors: Any = None
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
@@ -183,6 +184,7 @@ class TpuPlatform(Platform):
         if model is None:
             return
         cls._vocab_size = model.get_vocab_size()
+        cls._logits_processors = tuple(model.logits_processors or ())
         if not cache.user_specified_block_size:
             platform = tpu_info.detect_once().platform
             size = default_block_size(model.max_model_len, platform)
@@ -193,4 +195,6 @@ class TpuPlatform(Platform):
         """Raise a RequestError, which is HTTP 400 and ValueError, for what is not served."""
         from tpu_inference.platforms import requests  # imports vllm.config, which is still loading when this module is
 
-        requests.validate(processed_inputs, params, cls._vocab_size)
+        requests.validate(
+            processed_inputs, params, cls._vocab_size, loaded_logits_processors(cls._logits_processors or ())
+        )

@@ -1,14 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step's result while it is still on its way to the host."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 
-from tpu_inference.layers.common.sampling import Logprobs
+from tpu_inference.layers.common.sampling_logprobs import Logprobs
 from tpu_inference.runner.input_batch import InputBatch
+
+
+@dataclass(frozen=True)
+class StepLogprobs:
+    """Logprobs of a step's rows on the device: of the likeliest tokens, and of the tokens that some rows named."""
+
+    likeliest: Logprobs | None
+    num_likeliest: int
+    """Of the row that wants the most; -1 where no row wants any."""
+    of_ids: Logprobs | None = None
+    num_ids: dict[int, int] = field(default_factory=dict)
+    """Row -> how many tokens it named."""
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        return jax.tree.leaves((self.likeliest, self.of_ids))
+
+    def to_lists(self, num_rows: int) -> LogprobsLists:
+        """vLLM's arrays, a row a request, sampled or not; it reads as many columns of a row as its request asked for."""
+        n, width = num_rows, 1 + max(self.num_likeliest, *self.num_ids.values(), 0)
+        ids, logprobs = np.zeros((n, width), np.int32), np.full((n, width), -np.inf, np.float32)
+        ranks = np.zeros(n, np.int32)
+        if self.likeliest is not None:
+            columns, found = self.num_likeliest + 1, self.likeliest
+            ids[:, :columns] = np.asarray(found.token_ids)[:n, :columns]
+            logprobs[:, :columns] = np.asarray(found.logprobs)[:n, :columns]
+            ranks[:] = np.asarray(found.ranks)[:n]
+        if self.of_ids is not None:
+            found = [np.asarray(array) for array in (self.of_ids.token_ids, self.of_ids.logprobs, self.of_ids.ranks)]
+            for row, count in self.num_ids.items():
+                ids[row, : count + 1] = found[0][row, : count + 1]
+                logprobs[row, : count + 1] = found[1][row, : count + 1]
+                ranks[row] = found[2][row]
+        return LogprobsLists(ids, logprobs, ranks)
 
 
 class AsyncOutput(AsyncModelRunnerOutput):
@@ -18,16 +52,12 @@ class AsyncOutput(AsyncModelRunnerOutput):
         self,
         batch: InputBatch,
         tokens: jax.Array,
-        logprobs: Logprobs | None,
-        num_logprobs: int,
+        logprobs: StepLogprobs | None,
         prompt_logprobs: dict[str, LogprobsTensors | None],
     ) -> None:
-        self._batch = batch
-        self._tokens = tokens
-        self._logprobs = logprobs
-        self._num_logprobs = num_logprobs
+        self._batch, self._tokens, self._logprobs = batch, tokens, logprobs
         self._prompt_logprobs = prompt_logprobs
-        for array in jax.tree.leaves((tokens, logprobs)):
+        for array in (tokens, *(logprobs.arrays if logprobs is not None else ())):
             array.copy_to_host_async()
 
     def get_output(self) -> ModelRunnerOutput:
@@ -38,26 +68,6 @@ class AsyncOutput(AsyncModelRunnerOutput):
             req_ids=batch.req_ids,
             req_id_to_index={req_id: i for i, req_id in enumerate(batch.req_ids)},
             sampled_token_ids=[[t] if s else [] for t, s in zip(tokens, batch.samples.tolist(), strict=True)],
-            logprobs=self._logprobs_lists(batch.samples),
+            logprobs=None if self._logprobs is None else self._logprobs.to_lists(batch.num_rows),
             prompt_logprobs_dict=self._prompt_logprobs,
         )
-
-    def _logprobs_lists(self, samples: np.ndarray) -> LogprobsLists | None:
-        if self._logprobs is None:
-            return None
-        n, width = len(samples), self._num_logprobs + 1
-        lp = self._logprobs
-        # vLLM finds a request's logprobs at its row, sampled or not.
-        return LogprobsLists(
-            np.asarray(lp.token_ids)[:n, :width], np.asarray(lp.logprobs)[:n, :width], np.asarray(lp.ranks)[:n]
-        )
-
-
-def concatenate_prompt_logprobs(parts: Sequence[Logprobs]) -> LogprobsTensors:
-    """The chunks of one prompt as vLLM's tensors, [prompt_len - 1, K + 1]."""
-    import torch
-
-    def join(field: str) -> "torch.Tensor":
-        return torch.from_numpy(np.concatenate([np.asarray(getattr(part, field)) for part in parts]))
-
-    return LogprobsTensors(join("token_ids"), join("logprobs"), join("ranks"))

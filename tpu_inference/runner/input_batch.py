@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tpu_inference.layers.common.sampling_processors import MASKS_STOPS
 from tpu_inference.runner.buckets import Bucket
-from tpu_inference.runner.requests import RequestStates
-from tpu_inference.runner.step_inputs import MAX_MASKED_STOP_IDS, SamplingInputs, Sizes, StepInputs
+from tpu_inference.runner.requests import NEUTRAL, RequestStates
+from tpu_inference.runner.step_inputs import SamplingInputs, Sizes, StepInputs
 
 
 @dataclass(frozen=True)
@@ -67,33 +68,34 @@ class InputBatch:
         states.block_tables.gather(self.slots, out.block_tables)
         return buffer
 
-    def needs_sampling_inputs(self, states: RequestStates) -> bool:
-        """Whether any row is more than a plain argmax."""
-        slots = self.slots
-        return bool((states.temperature[slots] > 0).any() or self._masks_stops(states).any())
-
-    def _masks_stops(self, states: RequestStates) -> np.ndarray:
+    def masks_stops(self, states: RequestStates) -> np.ndarray:
+        """bool [rows]: the request is too short to end (`min_tokens`)."""
         outputs = self.num_computed + self.num_tokens - states.num_prompt[self.slots]
         return outputs < states.min_tokens[self.slots]
 
-    def pack_sampling(self, states: RequestStates, rows: int) -> np.ndarray:
-        """The packed `SamplingInputs` of this batch, padded to `rows`."""
+    def needs_sampling_inputs(self, states: RequestStates) -> bool:
+        """Whether any row is more than a plain argmax."""
+        return bool(states.more_than_argmax[self.slots].any() or self.masks_stops(states).any())
+
+    def pack_sampling(
+        self, states: RequestStates, rows: int, forced_ids: Mapping[int, int] | None = None
+    ) -> np.ndarray:
+        """The packed `SamplingInputs` of this batch, padded to `rows`; `forced_ids` maps rows to the only token they may sample."""
         buffer, out = SamplingInputs.allocate(sampling_sizes(rows))
         n, slots = self.num_rows, self.slots
-        out.temperature[:n] = states.temperature[slots]
-        out.top_p[:n] = states.top_p[slots]
-        out.top_p[n:] = 1.0
-        out.min_p[:n] = states.min_p[slots]
-        out.top_k[:n] = states.top_k[slots]
-        out.top_k[n:] = states.vocab_size
-        out.seed[:n] = states.seed[slots]
+        for name, neutral in NEUTRAL.items():
+            column = getattr(out, name)
+            column[:n] = getattr(states, name)[slots]
+            column[n:] = states.vocab_size if name == "top_k" else neutral
+        out.slots[:n] = slots
         out.step[:n] = self.num_computed + self.num_tokens
-        out.masked_ids[:] = states.vocab_size
-        masks = np.flatnonzero(self._masks_stops(states))
-        out.masked_ids[masks] = states.masked_ids[slots[masks]]
+        out.flags[:n] |= np.where(self.masks_stops(states), MASKS_STOPS, 0)
+        out.forced_ids[:] = -1
+        for row, token in (forced_ids or {}).items():
+            out.forced_ids[row] = token
         return buffer
 
 
 def sampling_sizes(rows: int) -> Sizes:
     """Dimension sizes of `SamplingInputs`."""
-    return {"rows": rows, "masked": MAX_MASKED_STOP_IDS}
+    return {"rows": rows}

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Persistent state of the requests in flight: one slot each, in NumPy arrays that a step slices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from tpu_inference.layers.common.sampling_processors import HAS_BIAS, KEEPS_ONE
 from tpu_inference.runner.block_table import BlockTables
-from tpu_inference.runner.step_inputs import MAX_MASKED_STOP_IDS
 
 GREEDY_EPSILON = 1e-5
 """vLLM's bound: a lower temperature is greedy."""
+
+NEUTRAL: dict[str, float] = dict(
+    temperature=0, top_p=1, min_p=0, top_k=0, seed=0, presence_penalty=0, frequency_penalty=0, repetition_penalty=1, flags=0
+)  # fmt: skip
+"""Columns that a batch slices for its sampler, and what rows that are only padding have there (`top_k`: the vocabulary)."""
 
 
 @dataclass
@@ -24,18 +29,57 @@ class Request:
     """int32 [prompt_len]"""
     seed: int
     prompt_logprobs_done: bool
+    follows_outputs: bool = False
+    """Something on the host looks at its output tokens."""
+    outputs: list[int] = field(default_factory=list)
+    """Output tokens, of a request that `follows_outputs`; a new list each time that it is given a slot."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it changes the logits of given tokens, whatever the text."""
+        params = self.params
+        return bool(params.logit_bias or params.allowed_token_ids or any(len(w) == 1 for w in self.bad_words))
+
+    @property
+    def has_penalties(self) -> bool:
+        params = self.params
+        return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+    @property
+    def bad_words(self) -> list[list[int]]:
+        """Token ids of each word."""
+        return self.params.bad_words_token_ids or []
+
+    @property
+    def has_long_bad_words(self) -> bool:
+        """Whether a word has more than one token, so that the text before decides."""
+        return any(len(word) > 1 for word in self.bad_words)
+
+    @property
+    def uses_tables(self) -> bool:
+        """Whether it needs its row of `TokenTables`."""
+        return self.has_bias or self.has_penalties or self.params.min_tokens > 0
 
 
 class RequestStates:
     """Slots 0..max_num_seqs-1, and what the scheduler told of the requests in them.
 
-    Ids of sampled tokens are not kept here: the last one of each slot stays on the device, and when a request returns after
-    preemption the scheduler sends all of its tokens again.
+    Ids of sampled tokens are not kept here but for requests that ask something of the host which depends on them (`Request.outputs`): the
+    last one of each slot stays on the device, and when a request returns after preemption the scheduler sends all of its tokens again.
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, vocab_size: int, num_groups: int, max_blocks: int, seed: int
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        vocab_size: int,
+        num_groups: int,
+        max_blocks: int,
+        seed: int,
+        follow_all: bool = False,
     ) -> None:
+        """`follow_all`: the outputs of every request are looked at on the host (custom logits processors)."""
         n = max_num_seqs
         self.max_num_seqs = n
         self.vocab_size = vocab_size
@@ -50,9 +94,16 @@ class RequestStates:
         self.top_k = np.full(n, vocab_size, np.int32)
         self.seed = np.zeros(n, np.uint32)
         self.min_tokens = np.zeros(n, np.int32)
-        self.masked_ids = np.full((n, MAX_MASKED_STOP_IDS), vocab_size, np.int32)
+        self.presence_penalty = np.zeros(n, np.float32)
+        self.frequency_penalty = np.zeros(n, np.float32)
+        self.repetition_penalty = np.ones(n, np.float32)
+        self.flags = np.zeros(n, np.int32)
+        self.more_than_argmax = np.zeros(n, bool)
         self.num_logprobs = np.full(n, -1, np.int32)
-        """Requested logprobs; -1 for none."""
+        """Requested logprobs of the likeliest tokens; -1 for none."""
+        self.admitted: list[Request] = []
+        """Requests that were given a slot since the runner last looked."""
+        self._follow_all = follow_all
         self.block_tables = BlockTables(num_groups, n, max_blocks)
         self.requests: dict[str, Request] = {}
         self.slots: dict[str, int] = {}
@@ -86,6 +137,9 @@ class RequestStates:
             seed=int(self._seeds.integers(2**32)) if params.seed is None else params.seed % 2**32,
             prompt_logprobs_done=params.prompt_logprobs is None,
         )
+        request.follows_outputs = (
+            self._follow_all or request.has_long_bad_words or params.thinking_token_budget is not None
+        )
         self.requests[new.req_id] = request
         self._occupy(request, request.prompt, new.num_computed_tokens, new.block_ids)
 
@@ -99,6 +153,11 @@ class RequestStates:
         self.num_computed[slot] = num_computed
         self.num_prompt[slot] = len(request.prompt)
         self.block_tables.assign(slot, block_ids)
+        self._take_parameters(slot, request)
+        request.outputs = tokens[len(request.prompt) :].tolist() if request.follows_outputs else []
+        self.admitted.append(request)
+
+    def _take_parameters(self, slot: int, request: Request) -> None:
         params = request.params
         greedy = params.temperature < GREEDY_EPSILON
         self.temperature[slot] = 0.0 if greedy else params.temperature
@@ -107,12 +166,17 @@ class RequestStates:
         self.top_k[slot] = min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size
         self.seed[slot] = request.seed
         self.min_tokens[slot] = params.min_tokens
-        self.masked_ids[slot] = self.vocab_size
-        if params.min_tokens:
-            # An id that is no token stops nothing, and a negative one would count from the vocabulary's end.
-            stops = sorted(token for token in params.all_stop_token_ids if 0 <= token < self.vocab_size)
-            self.masked_ids[slot, : len(stops)] = stops
-        self.num_logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self.presence_penalty[slot] = params.presence_penalty
+        self.frequency_penalty[slot] = params.frequency_penalty
+        self.repetition_penalty[slot] = params.repetition_penalty
+        self.flags[slot] = HAS_BIAS * request.has_bias | KEEPS_ONE * (params.structured_outputs is not None)
+        self.more_than_argmax[slot] = not greedy or request.has_bias or request.has_penalties
+        self.num_logprobs[slot] = self._num_logprobs(params)
+
+    def _num_logprobs(self, params: SamplingParams) -> int:
+        if params.logprobs is None or params.logprob_token_ids:
+            return -1
+        return self.vocab_size if params.logprobs == -1 else params.logprobs
 
     def _extend(self, cached: CachedRequestData) -> None:
         for i, req_id in enumerate(cached.req_ids):

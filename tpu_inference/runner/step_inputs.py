@@ -61,8 +61,13 @@ class PackedInputs:
     def allocate(cls: type[_T], sizes: Sizes) -> tuple[np.ndarray, _T]:
         """A zeroed buffer and NumPy views into it. Fresh every step: JAX may still be reading the last one."""
         buffer = np.zeros(cls.abstract(sizes).shape, np.int32)
+        return buffer, cls.views(buffer, sizes)
+
+    @classmethod
+    def views(cls: type[_T], buffer: np.ndarray, sizes: Sizes) -> _T:
+        """NumPy views into a packed buffer."""
         views = {name: buffer[words].view(dtype).reshape(shape) for name, words, shape, dtype in cls._slices(sizes)}
-        return buffer, cls(**views)
+        return cls(**views)
 
     @classmethod
     def unpack(cls: type[_T], buffer: jax.Array, sizes: Sizes) -> _T:
@@ -93,22 +98,19 @@ class StepInputs(PackedInputs):
     block_tables: Any = dim("groups", "rows", "blocks")
 
 
-MAX_MASKED_STOP_IDS = 64
-"""Stop token ids of one request that `min_tokens` can mask."""
-
-
 @dataclass(frozen=True)
 class SamplingInputs(PackedInputs):
-    """Sampling parameters of each row, where any row is not greedy or has `min_tokens` to honour."""
+    """`RowParameters` of a batch in which any row is more than a plain argmax; what they mean is said there."""
 
+    slots: Any = dim("rows")
     temperature: Any = dim("rows", dtype=np.float32)
-    """0 for greedy rows."""
     top_p: Any = dim("rows", dtype=np.float32)
     min_p: Any = dim("rows", dtype=np.float32)
     top_k: Any = dim("rows")
-    """`vocab_size` or more: not limited."""
     seed: Any = dim("rows", dtype=np.uint32)
     step: Any = dim("rows")
-    """Position of the token to be sampled: with the seed, all that its randomness depends on."""
-    masked_ids: Any = dim("rows", "masked")
-    """Token ids that may not be sampled; `vocab_size` (out of range, dropped) where there are fewer."""
+    presence_penalty: Any = dim("rows", dtype=np.float32)
+    frequency_penalty: Any = dim("rows", dtype=np.float32)
+    repetition_penalty: Any = dim("rows", dtype=np.float32)
+    flags: Any = dim("rows")
+    forced_ids: Any = dim("rows")

@@ -2,7 +2,6 @@
 """The model runner: what vLLM scheduled becomes one step on the device. Orchestration only."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsTensors, ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from tpu_inference import envs
 from tpu_inference.config import TpuConfig
@@ -31,22 +30,13 @@ from tpu_inference.runner.kv_cache_manager import (
     layout_from_config,
     uniform_layout,
 )
+from tpu_inference.runner.logits_processors import HostProcessors
 from tpu_inference.runner.programs import StepPrograms
 from tpu_inference.runner.prompt_logprobs import PromptLogprobs
 from tpu_inference.runner.requests import RequestStates
+from tpu_inference.runner.sampler import PendingStep, Sampler
 
 logger = init_logger(__name__)
-
-
-@dataclass(frozen=True)
-class PendingStep:
-    """What `execute_model` leaves for `sample_tokens`."""
-
-    batch: InputBatch
-    bucket: Bucket
-    logits: jax.Array
-    sample_slots: jax.Array
-    prompt_logprobs: dict[str, LogprobsTensors | None]
 
 
 class TPUModelRunner:
@@ -72,6 +62,7 @@ class TPUModelRunner:
         self.functions: ModelFunctions
         self.kv_cache: KVCache
         self._pending: PendingStep | None = None
+        self.host_processors = HostProcessors(vllm_config)
 
     def load_model(self, *, dummy: bool = False) -> None:
         """Parameters onto the devices."""
@@ -100,15 +91,17 @@ class TPUModelRunner:
             num_groups=num_groups,
             max_blocks=self.max_blocks,
             num_slots=self.vllm_config.scheduler_config.max_num_seqs,
-            max_logprobs=max(self.model_config.max_logprobs, 0),
+            max_logprobs=self.model_config.max_logprobs,
             hidden=self.functions.hidden,
+            logprobs_mode=self.model_config.logprobs_mode,
+            host_processors=bool(self.host_processors),
         )
 
     def temporary_bytes(self) -> int:
-        """Bytes per device that the largest forward program needs besides parameters and cache, as its compiler plans them."""
-        layout = uniform_layout(self.functions, num_blocks=self.max_blocks)
-        case = self.make_programs(layout, 1).forward_case(self.plan.buckets[-1])
-        return bytes_beside_arguments(case.fn.lower(*case.args).compile())
+        """Bytes per device besides parameters and cache: what the largest forward program needs, as compiled, and the sampler's tables."""
+        programs = self.make_programs(uniform_layout(self.functions, num_blocks=self.max_blocks), 1)
+        case = programs.forward_case(self.plan.buckets[-1])
+        return bytes_beside_arguments(case.fn.lower(*case.args).compile()) + programs.tables_bytes
 
     def initialize_kv_cache(self, config: KVCacheConfig) -> int:
         """Allocate what vLLM decided; returns its bytes over all devices."""
@@ -121,7 +114,6 @@ class TPUModelRunner:
         self.kv_cache = allocate_kv_cache(
             abstract_kv_cache(self.functions, layout, self.block_size, self.functions.kv_dtype, self.mesh)
         )
-        self.last_tokens = self.programs.make_last_tokens()
         self.prompt_logprobs = PromptLogprobs(self.programs)
         self.states = RequestStates(
             max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
@@ -130,7 +122,9 @@ class TPUModelRunner:
             num_groups=num_groups,
             max_blocks=self.max_blocks,
             seed=self.model_config.seed,
+            follow_all=bool(self.host_processors),
         )
+        self.sampler = Sampler(self.programs, self.states, self.vllm_config, self.host_processors)
         return sum(pages.nbytes for pages in self.kv_cache.pages)
 
     def why_attention_is_slow(self, layout: KVCacheLayout) -> str | None:
@@ -162,6 +156,11 @@ class TPUModelRunner:
             report.in_background = self.compilation.warm_up_in_background(programs.cases())
         return report
 
+    @property
+    def last_tokens(self) -> jax.Array:
+        """int32 [slots]: the last sampled token of each, on the device."""
+        return self.sampler.last_tokens
+
     def shutdown(self) -> None:
         """Stop what runs beside the steps."""
         self.compilation.stop()
@@ -175,6 +174,7 @@ class TPUModelRunner:
         if not scheduler_output.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
         with self.compilation.watch():
+            self.sampler.follow()
             self._pending = self._forward(InputBatch.build(states, scheduler_output.num_scheduled_tokens))
         return None
 
@@ -184,7 +184,7 @@ class TPUModelRunner:
         buffer = batch.pack(states, bucket, self.programs.sizes(bucket))
         params = self.functions.params
         hidden, logits, sample_slots, self.kv_cache = self.programs.forward(
-            bucket, params, self.kv_cache, self.last_tokens, buffer
+            bucket, params, self.kv_cache, self.sampler.last_tokens, buffer
         )
         prompt_logprobs = self.prompt_logprobs.collect(states, batch, params, hidden)
         return PendingStep(batch, bucket, logits, sample_slots, prompt_logprobs)
@@ -194,18 +194,5 @@ class TPUModelRunner:
         step, self._pending = self._pending, None
         if step is None:
             raise TpuInferenceError("sample_tokens was called without a step to sample from")
-        if grammar_output is not None:
-            raise TpuInferenceError("structured outputs reached the runner, though validate_request refuses them")
         with self.compilation.watch():
-            return self._sample(step)
-
-    def _sample(self, step: PendingStep) -> AsyncOutput:
-        states, batch, rows = self.states, step.batch, step.bucket.rows
-        args = (step.logits, step.sample_slots, self.last_tokens)
-        if batch.needs_sampling_inputs(states):
-            tokens, self.last_tokens = self.programs.sample(rows, *args, batch.pack_sampling(states, rows))
-        else:
-            tokens, self.last_tokens = self.programs.sample_greedy(rows, *args)
-        num_logprobs = int(np.max(states.num_logprobs[batch.slots]))
-        logprobs = self.programs.logprobs(rows, step.logits, tokens) if num_logprobs >= 0 else None
-        return AsyncOutput(batch, tokens, logprobs, num_logprobs, step.prompt_logprobs)
+            return self.sampler(step, grammar_output)

@@ -12,6 +12,11 @@ import sys
 from functools import cache
 
 import jax
+import jax.numpy as jnp
+
+from tpu_inference.logger import init_logger
+
+logger = init_logger(__name__)
 
 TARGET = "tpu_inference_untouched"
 MIN_BYTES = 1 << 20
@@ -98,3 +103,18 @@ def untouched_zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
     array = jax.block_until_ready(jax.jit(allocate, out_shardings=abstract.sharding)())
     _drop_pages(array)
     return array
+
+
+def zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros of a shape, dtype and sharding, made where they stay; untouched where that can be had."""
+    if can_leave_untouched(abstract):
+        try:
+            return untouched_zeros(abstract)
+        except (OSError, RuntimeError, ValueError) as error:  # another jaxlib's interface; memory that is locked
+            logger.debug("Zeros take all of their memory at once: %s", error)
+    return _zeros_program(abstract)()
+
+
+@cache
+def _zeros_program(abstract: jax.ShapeDtypeStruct):
+    return jax.jit(lambda: jnp.zeros(abstract.shape, abstract.dtype), out_shardings=abstract.sharding)

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.flash_attention.config import heuristic
+from tpu_inference.kernels.flash_attention.config import Config, ShapeKey, config_for
 from tpu_inference.kernels.flash_attention.kernel import flash_attention_pallas
 from tpu_inference.kernels.flash_attention.reference import flash_attention_reference
 from tpu_inference.kernels.flash_attention.xla import flash_attention_xla
-from tpu_inference.kernels.forms import Implementation
+from tpu_inference.kernels.forms import Implementation, chip_of
 
 _JNP = {"xla": flash_attention_xla, "reference": flash_attention_reference}
 _INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
@@ -30,6 +30,7 @@ def flash_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     implementation: Implementation = "xla",
+    config: Config | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T) v, over the keys that each query sees.
 
@@ -44,6 +45,8 @@ def flash_attention(
         sliding_window: a query sees keys fewer positions away than this, on both sides unless causal; None or <= 0 for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
         implementation: "pallas" (TPU), "pallas_interpret" (the same kernel interpreted, on any device), "xla", "reference".
+            `implementation_for` a device also tells the chip, for which the kernel is blocked.
+        config: blocks of the Pallas kernel; None for those tuned for the shape and chip, else the heuristic's.
 
     Returns:
         [B, num_heads, Tq, head_dim] in q's dtype; zeros for a query that sees no key.
@@ -60,8 +63,8 @@ def flash_attention(
         sliding_window = None
     options: dict[str, Any] = dict(scale=scale, causal=causal, sliding_window=sliding_window, soft_cap=soft_cap)
     if implementation in _INTERPRET:
-        masked = segments is not None or sliding_window is not None
-        options["config"] = heuristic(q, k, causal=causal, masked=masked)
+        key = ShapeKey.of(q, k, causal=causal, window=sliding_window, segmented=segments is not None)
+        options["config"] = config or config_for(key, chip_of(implementation))
         return flash_attention_pallas(q, k, v, segments, **options, interpret=_INTERPRET[implementation])
     return _JNP[implementation](q, k, v, segments, **options).astype(q.dtype)
 

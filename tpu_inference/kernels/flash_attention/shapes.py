@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tpu_inference.kernels.flash_attention.api import flash_attention
+from tpu_inference.kernels.flash_attention.config import Config, ShapeKey
 from tpu_inference.kernels.forms import implementation_for
 
 
@@ -63,12 +64,17 @@ class Spec:
         q, k, v = self.arguments()[:3]
         return (2 * q.size + k.size + v.size) * jnp.dtype(self.dtype).itemsize
 
-    def function(self, device: jax.Device) -> Callable:
+    def function(self, device: jax.Device, config: Config | None = None) -> Callable:
         """The op as a device runs it."""
-        return partial(flash_attention, **self.options, implementation=implementation_for(device))
+        return partial(flash_attention, **self.options, implementation=implementation_for(device), config=config)
+
+    def key(self, device: jax.Device | None = None) -> ShapeKey:
+        """Of tuned tables."""
+        masks = dict(causal=self.causal, window=self.sliding_window, segmented=self.segmented)
+        return ShapeKey.of(*self.arguments(device)[:2], **masks)
 
     def form(self, device: jax.Device) -> str:
-        return implementation_for(device)
+        return str(implementation_for(device))
 
     def workload(self, device: jax.Device) -> Mapping[str, Mapping[int, Any]]:
         """Nothing that the kernel runs by is data, without segments."""

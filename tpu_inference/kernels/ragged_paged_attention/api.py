@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public op."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.forms import Implementation
+from tpu_inference.kernels.forms import Implementation, chip_of
+from tpu_inference.kernels.ragged_paged_attention.config import Config, ShapeKey, config_for
 from tpu_inference.kernels.ragged_paged_attention.pages import kv_pages_shape, quantize, stored_scale, write_kv
 from tpu_inference.kernels.ragged_paged_attention.pallas import attention_pallas, misfit
 from tpu_inference.kernels.ragged_paged_attention.reference import attend_reference
@@ -32,6 +35,7 @@ def ragged_paged_attention(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     implementation: Implementation = "xla",
+    config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Write this step's K and V to their pages, then attend causally over each row's whole context.
 
@@ -51,6 +55,8 @@ def ragged_paged_attention(
             V / v_scale, rounded and clipped. None for 1.
         implementation: "pallas" (TPU; rows of one token come before rows of more), "pallas_interpret" (the same kernels interpreted, on any
             device), "xla", "reference". "pallas" takes the XLA form for shapes that its kernels do not serve (`pallas.misfit`).
+            `implementation_for` a device also tells the chip, for which the kernels are blocked.
+        config: blocks of the Pallas kernels; None for those tuned for the shape and chip, else the heuristic's.
 
     Returns:
         (output [T, num_heads, head_dim] in q's dtype, the updated pages). Rows of padding are unspecified but finite.
@@ -77,10 +83,12 @@ def ragged_paged_attention(
         q = (q.astype(jnp.float32) * k_scale).astype(q.dtype)
     elif k_scale is not None or v_scale is not None:
         raise ValueError(f"k_scale and v_scale are for pages of one byte a number, not of {pages.dtype}")
-    options = dict(scale=scale, soft_cap=soft_cap, sliding_window=sliding_window, sinks=sinks)
+    options: dict[str, Any] = dict(scale=scale, soft_cap=soft_cap, sliding_window=sliding_window, sinks=sinks)
     tables = (block_tables, seq_lens, query_start_loc, page_offset)
     if implementation in _INTERPRET and misfit(pages, block_tables) is None:
-        out, pages = attention_pallas(q, k, v, pages, *tables, **options, interpret=_INTERPRET[implementation])
+        key = ShapeKey.of(num_heads, q.shape[2], q.dtype, pages)
+        options |= dict(config=config or config_for(key, chip_of(implementation)), interpret=_INTERPRET[implementation])
+        out, pages = attention_pallas(q, k, v, pages, *tables, **options)
     else:
         pages = write_kv(k, v, pages, *tables)
         out = _AFTER_WRITING.get(implementation, attend_xla)(q, pages, *tables, **options)

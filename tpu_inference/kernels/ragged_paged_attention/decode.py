@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from tpu_inference.kernels.ragged_paged_attention.config import DecodeConfig
 from tpu_inference.kernels.ragged_paged_attention.paged import (
     FLOOR,
     LANES,
@@ -26,18 +27,6 @@ from tpu_inference.kernels.ragged_paged_attention.paged import (
     sublanes,
     wait_for_pages,
 )
-
-PIECE = 512
-"""Tokens of a matrix product: fewer leave columns of the matrix unit empty, and more leave it waiting for the first of them."""
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How the kernel is blocked."""
-
-    pages_per_item: int
-    slots: int
-    """One is computed while the DMAs of the others are in flight."""
 
 
 @dataclass
@@ -152,7 +141,7 @@ class _Decode:
 
     def _pieces(self) -> list[Any]:
         """The item's tokens, in slices that a matrix product and a few DMAs are about as long for."""
-        size = max(self.shape.page_size, PIECE)
+        size = max(self.shape.page_size, self.config.piece)
         if self.item_tokens % size:
             size = self.item_tokens
         return [pl.ds(start, size) for start in range(0, self.item_tokens, size)]

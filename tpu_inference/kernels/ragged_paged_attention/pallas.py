@@ -1,45 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op on TPU: rows of one token by one Pallas kernel, rows of more by two, and how all of them are blocked."""
+"""The op on TPU: rows of one token by one Pallas kernel, rows of more by two."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.ragged_paged_attention.decode import DecodeConfig, decode_rows, words
+from tpu_inference.kernels.ragged_paged_attention.config import MIN_SLOTS, VMEM_BYTES, Config
+from tpu_inference.kernels.ragged_paged_attention.decode import decode_rows, words
 from tpu_inference.kernels.ragged_paged_attention.paged import FLOOR, NO_WINDOW, sublanes
 from tpu_inference.kernels.ragged_paged_attention.pages import LANES, to_planes
-from tpu_inference.kernels.ragged_paged_attention.prefill import PrefillConfig, attend_rows, q_factor
+from tpu_inference.kernels.ragged_paged_attention.prefill import attend_rows, q_factor
 from tpu_inference.kernels.ragged_paged_attention.write import write_rows
 
-# Bytes in flight hide the latency of HBM: an item is large enough that its DMAs take longer than its scalar work, and small enough for a ring.
-MAX_ITEM_BYTES, MIN_ITEM_BYTES, ITEM_TOKENS, SLOTS = 2**20, 2**19, 1024, 5
-CHUNK_TOKENS, BLOCK_QUERIES, MAX_BLOCK_TOKENS, MIN_BLOCK_TOKENS = 1024, 1280, 512, 16
-VMEM_BYTES = 12 * 2**20
-"""Of the 16 MiB that a kernel gets by default on the smallest chip; the rest is for what the compiler keeps."""
 SMEM_BYTES = 3 * 2**18
 """Of the 1 MiB where block tables lie while a kernel runs."""
-
-
-def _pages_within(tokens: int, page_size: int) -> int:
-    return max(tokens // page_size, 1)
-
-
-def decode_config(pages: Any, table_width: int) -> DecodeConfig:
-    """Blocks for `pages` [P, planes, num_kv_heads, page_size, width] and rows of up to `table_width` pages."""
-    _, planes, heads, page_size, width = pages.shape
-    token = planes * heads * width * pages.dtype.itemsize
-    tokens = min(max(ITEM_TOKENS, MIN_ITEM_BYTES // token), MAX_ITEM_BYTES // token)
-    per_item = min(_pages_within(tokens, page_size), table_width)
-    return DecodeConfig(pages_per_item=per_item, slots=SLOTS)
-
-
-def prefill_config(pages: Any, table_width: int, group: int, num_tokens: int) -> PrefillConfig:
-    """Blocks for `num_tokens` tokens of `group` query heads a KV head, and pages and rows as above."""
-    block = MAX_BLOCK_TOKENS
-    while block > MIN_BLOCK_TOKENS and (block * group > BLOCK_QUERIES or block >= 2 * num_tokens):
-        block //= 2
-    return PrefillConfig(block, min(_pages_within(CHUNK_TOKENS, pages.shape[3]), table_width))
 
 
 def misfit(pages: Any, block_tables: Any) -> str | None:
@@ -51,8 +26,8 @@ def misfit(pages: Any, block_tables: Any) -> str | None:
         return (
             f"page_size {page_size} is not a multiple of {sublanes(pages.dtype)}, the rows of a tile of {pages.dtype}"
         )
-    if SLOTS * planes * heads * page_size * width * pages.dtype.itemsize > VMEM_BYTES:
-        return f"{SLOTS} pages of {heads} KV heads, {page_size} tokens and {width * planes} numbers of each do not fit into VMEM"
+    if MIN_SLOTS * planes * heads * page_size * width * pages.dtype.itemsize > VMEM_BYTES:
+        return f"{MIN_SLOTS} pages of {heads} KV heads, {page_size} tokens and {width * planes} numbers of each do not fit into VMEM"
     if block_tables.size * 4 > SMEM_BYTES:
         rows, width = block_tables.shape
         return f"block tables of {rows} rows and {width} pages do not fit into SMEM"
@@ -73,6 +48,7 @@ def attention_pallas(
     soft_cap: float | None,
     sliding_window: int | jax.Array | None,
     sinks: jax.Array | None,
+    config: Config,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `ragged_paged_attention`, for rows of one token before rows of more."""
@@ -90,9 +66,9 @@ def attention_pallas(
     first = min(num_tokens, block_tables.shape[0])
     decoded, pages = decode_rows(
         q[:first], tuple(words(x[:first], pages.dtype) for x in new), pages, block_tables, seq_lens, scalars, start,
-        scale=scale, config=decode_config(pages, table_width), **options,
+        scale=scale, config=config.decode.within(table_width), **options,
     )  # fmt: skip
-    blocks = prefill_config(pages, table_width, num_heads // k.shape[1], num_tokens)
+    blocks = config.prefill.within(table_width, num_tokens)
     padding = -num_tokens % max(blocks.block_tokens, sublanes(pages.dtype))
 
     def flat(x: jax.Array) -> jax.Array:

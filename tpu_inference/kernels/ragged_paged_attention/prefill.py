@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from tpu_inference.kernels.ragged_paged_attention.config import PrefillConfig
 from tpu_inference.kernels.ragged_paged_attention.paged import (
     LANES,
     MASKED,
@@ -37,17 +38,8 @@ def q_factor(scale: float) -> float:
     return scale * LOG2_E
 
 
-SUBLANES, TILE, AHEAD = 8, 256, 6
-"""Registers have 8 rows; a tile of scores is as wide and deep as a matrix unit of v6e; scores are this many tiles ahead of their softmax."""
-
-
-@dataclass(frozen=True)
-class PrefillConfig:
-    """How the kernel is blocked."""
-
-    block_tokens: int
-    """Tokens of a block of queries."""
-    pages_per_chunk: int
+SUBLANES = 8
+"""Rows of a register."""
 
 
 @dataclass
@@ -65,10 +57,6 @@ class _Item:
     """Position of token t: t + shift."""
     last: Any
     valid: Any
-
-
-def _tiles(length: int) -> list[pl.Slice]:
-    return [pl.ds(start, min(TILE, length - start)) for start in range(0, length, TILE)]
 
 
 def _by_rows(x: jax.Array) -> jax.Array:
@@ -125,6 +113,10 @@ class _Prefill:
             next_block, next_row, jnp.where(head_ends, first_row, jnp.where(row_ends, item.row + 1, item.row))
         )
         return block, head, row, jnp.where(row_ends, -1, item.chunk + 1), first
+
+    def _tiles(self, length: int) -> list[pl.Slice]:
+        size = self.config.tile
+        return [pl.ds(start, min(size, length - start)) for start in range(0, length, size)]
 
     # DMAs.
 
@@ -186,7 +178,7 @@ class _Prefill:
         """V of the chunk's first `tokens`, on its side, over rows of ones: the matrix unit sums the weights."""
         shape = self.shape
         skip = shape.value_lane
-        for tile in _tiles(tokens):
+        for tile in self._tiles(tokens):
             values = shape.values(self.kv, slot, 0, tile).T
             self.v[: shape.head_dim, tile] = values[skip : skip + shape.head_dim]
 
@@ -221,14 +213,14 @@ class _Prefill:
         if masked:
             self._find_reach(item)
         # Neighbours are of different queries, and so are independent.
-        todo = [(q, k) for k in _tiles(tokens) for q in _tiles(self.queries)]
+        todo = [(q, k) for k in self._tiles(tokens) for q in self._tiles(self.queries)]
         between = pieces_between(starts, len(todo))
-        scores: list[tuple[jax.Array, jax.Array]] = []
-        for step in range(len(todo) + AHEAD):
+        ahead, scores = self.config.ahead, []
+        for step in range(len(todo) + ahead):
             if step < len(todo):
                 scores.append(between(partial(self._score, slots, *todo[step], masked)))
-            if step >= AHEAD:
-                self._accumulate(*todo[step - AHEAD], *scores.pop(0))
+            if step >= ahead:
+                self._accumulate(*todo[step - ahead], *scores.pop(0))
 
     def _finish(self, item: _Item) -> None:
         shape, size = self.shape, self.config.block_tokens
@@ -306,7 +298,7 @@ class _Prefill:
             pl.when(when)(lambda: self.attend(item, slots, tokens, list(starts), masked=masked))
 
         body(all_see, keys, masked=False)
-        for tile in _tiles(keys):
+        for tile in self._tiles(keys):
             stop = tile.start + tile.size
             here = (seen > tile.start) & ((seen <= stop) | (stop == keys))
             body(~all_see & here, stop, masked=True)

@@ -12,6 +12,7 @@ import numpy as np
 
 from tpu_inference.kernels.forms import implementation_for
 from tpu_inference.kernels.ragged_paged_attention.api import ragged_paged_attention
+from tpu_inference.kernels.ragged_paged_attention.config import Config, ShapeKey
 from tpu_inference.kernels.ragged_paged_attention.paged import NO_WINDOW
 from tpu_inference.kernels.ragged_paged_attention.pages import kv_pages_shape, storage_dtype
 from tpu_inference.kernels.ragged_paged_attention.pallas import misfit
@@ -75,9 +76,10 @@ class AttentionShape:
     donated = (3,)
     """Positions of arguments that are updated in place."""
 
-    def function(self, device: jax.Device) -> Callable:
+    def function(self, device: jax.Device, config: Config | None = None) -> Callable:
         """The op as a device runs it, between projections: their arrays are not cut into heads."""
-        op = partial(ragged_paged_attention, scale=self.head_dim**-0.5, implementation=implementation_for(device))
+        options = dict(scale=self.head_dim**-0.5, implementation=implementation_for(device), config=config)
+        op = partial(ragged_paged_attention, **options)
 
         def layer(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> tuple[jax.Array, jax.Array]:
             out, pages = op(*(x.reshape(x.shape[0], -1, self.head_dim) for x in (q, k, v)), *rest)
@@ -85,13 +87,17 @@ class AttentionShape:
 
         return layer
 
+    def key(self, device: jax.Device) -> ShapeKey:
+        """Of tuned tables."""
+        return ShapeKey.of(self.num_heads, self.head_dim, self.dtype, self.arguments(device)[3])
+
     def form(self, device: jax.Device) -> str:
         """The form that the device runs, and why where that is not "pallas"."""
         if (form := implementation_for(device)) != "pallas":
-            return form
+            return str(form)
         pages, tables = self.arguments(device)[3:5]
         reason = misfit(pages, tables)
-        return form if reason is None else f"xla ({reason})"
+        return str(form) if reason is None else f"xla ({reason})"
 
     def workload(self, device: jax.Device) -> Mapping[str, Mapping[int, Any]]:
         """The kernels' scalar-prefetch arguments: their `name=` -> index -> values. Pages lie anywhere in the pool."""

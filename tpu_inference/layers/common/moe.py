@@ -126,7 +126,8 @@ def experts(
 ) -> jax.Array:
     """The weighted sum of what each token's experts make of it: [T, d].
 
-    Every expert sees every token: right for any routing, and as much memory traffic as any way where a batch uses all experts, but E / k times the arithmetic.
+    Every expert sees every token: right for any routing, and as much memory traffic as any way where a batch uses all experts, but E / k times
+    the arithmetic.
 
     Args:
         x: [T, d].

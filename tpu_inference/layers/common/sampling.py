@@ -5,32 +5,13 @@ Thresholds for top-k and top-p come from a bisection over the ordering of floats
 reductions over [rows, vocab], and friendly to a sharded vocabulary. Tokens tied with the last one kept are kept.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
+from tpu_inference.layers.common.sampling_processors import RowParameters, TokenTables, process
+
 BLOCK = 128
 """Vocabulary entries summed together by the inverse-CDF draw."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Logprobs:
-    """For each of N rows the token looked at, then the K likeliest ones."""
-
-    token_ids: jax.Array
-    """int32 [N, K + 1]"""
-    logprobs: jax.Array
-    """float32 [N, K + 1]"""
-    ranks: jax.Array
-    """int32 [N]: rank of the first column's token, the likeliest being 1"""
-
-
-def mask_tokens(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """`logits` [R, V] with -inf at `token_ids` [R, M]; ids of V or more are ignored."""
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return logits.at[rows, token_ids].set(-jnp.inf, mode="drop")
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -100,7 +81,8 @@ def draw(logits: jax.Array, seeds: jax.Array, steps: jax.Array) -> jax.Array:
     before = jnp.where(block > 0, jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[:, None], 1)[:, 0], 0)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
     index = _first_beyond(inside, jnp.cumsum(inside, axis=-1), target - before)
-    return (block * BLOCK + index).astype(jnp.int32)
+    # A row that allows nothing has no weight anywhere; its token is still one of the vocabulary.
+    return jnp.minimum(block * BLOCK + index, vocab - 1).astype(jnp.int32)
 
 
 def _first_beyond(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax.Array:
@@ -114,38 +96,24 @@ def _first_beyond(weights: jax.Array, ends: jax.Array, target: jax.Array) -> jax
 
 
 def sample(
-    logits: jax.Array,
-    *,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    min_p: jax.Array,
-    seeds: jax.Array,
-    steps: jax.Array,
-    masked_ids: jax.Array,
-) -> jax.Array:
-    """Sample a token a row. Shapes as in `runner.step_inputs.SamplingInputs`; `logits` float32 [R, V]. Returns int32 [R]."""
-    vocab = logits.shape[-1]
-    logits = mask_tokens(logits, masked_ids)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits: jax.Array, tables: TokenTables, rows: RowParameters, *, processed: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """Sample a token a row from float32 `logits` [R, V].
 
-    def randomly() -> jax.Array:
+    Returns:
+        The tokens, int32 [R], and, where `processed`, the float32 logits [R, V] they were drawn from, else None.
+    """
+    vocab = logits.shape[-1]
+    logits = process(logits, tables, rows)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature, top_k, top_p, min_p = rows.temperature, rows.top_k, rows.top_p, rows.min_p
+
+    def randomly() -> tuple[jax.Array, jax.Array | None]:
         scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         scaled = jax.lax.cond((min_p > 0).any(), lambda x: filter_min_p(x, min_p), lambda x: x, scaled)
         scaled = jax.lax.cond((top_k < vocab).any(), lambda x: filter_top_k(x, top_k), lambda x: x, scaled)
         scaled = jax.lax.cond((top_p < 1).any(), lambda x: filter_top_p(x, top_p), lambda x: x, scaled)
-        return jnp.where(temperature > 0, draw(scaled, seeds, steps), greedy)
+        tokens = jnp.where(temperature > 0, draw(scaled, rows.seed, rows.step), greedy)
+        return tokens, scaled if processed else None
 
-    return jax.lax.cond((temperature > 0).any(), randomly, lambda: greedy)
-
-
-def gather_logprobs(logits: jax.Array, token_ids: jax.Array, num_logprobs: int) -> Logprobs:
-    """Logprobs of `token_ids` [N] and of the `num_logprobs` likeliest tokens under float32 `logits` [N, V]."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, token_ids[:, None], axis=-1)
-    top, top_ids = jax.lax.top_k(logprobs, min(num_logprobs, logits.shape[-1]))
-    return Logprobs(
-        token_ids=jnp.concatenate([token_ids[:, None], top_ids.astype(jnp.int32)], axis=-1),
-        logprobs=jnp.concatenate([chosen, top], axis=-1),
-        ranks=(logprobs >= chosen).sum(-1, dtype=jnp.int32),
-    )
+    return jax.lax.cond((temperature > 0).any(), randomly, lambda: (greedy, logits if processed else None))

@@ -30,8 +30,11 @@ class Shape(Protocol):
     def arguments(self, device: Any) -> tuple[Any, ...]:
         """Abstract ones of `function`, by position."""
 
-    def function(self, device: Any) -> Callable:
-        """The op as a device runs it."""
+    def function(self, device: Any, config: Any = None) -> Callable:
+        """The op as a device runs it, blocked by `config` where that is not None."""
+
+    def key(self, device: Any) -> Any:
+        """Its `str` is that of tuned tables."""
 
     def form(self, device: Any) -> str:
         """The form that the device runs, and why where that is not "pallas"."""
@@ -51,7 +54,8 @@ def ops() -> list[str]:
     return [name for name in names if _shapes_of(name)]
 
 
-def _pick(what: str, name: str, known: Any) -> str:
+def pick(what: str, name: str, known: Any) -> str:
+    """`name`; ConfigError, with the known ones, where it is none of them."""
     if name not in known:
         raise ConfigError(f"{what} {name!r} is not known; known are: {', '.join(known)}")
     return name
@@ -59,7 +63,25 @@ def _pick(what: str, name: str, known: Any) -> str:
 
 def shapes(op: str) -> Mapping[str, Shape]:
     """Raises ConfigError, with the known ones, for an unknown op."""
-    return _shapes_of(_pick("op", op, ops()))
+    return _shapes_of(pick("op", op, ops()))
+
+
+def device_of(chip: str) -> Any:
+    """A device of a topology of the chip. Loads libtpu."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+
+
+def lower(shape: Shape, device: Any, config: Any = None) -> Any:
+    """Ready to be compiled for the device."""
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    sharding = SingleDeviceSharding(device)
+    function = shape.function(device, config)
+    jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding, donate_argnums=shape.donated)
+    return jitted.lower(*shape.arguments(device))
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,7 @@ class Case:
     @classmethod
     def of(cls, op: str, name: str, chip: str) -> "Case":
         """Raises ConfigError, with the known ones, for what is unknown."""
-        return cls(op, _pick(f"shape of {op}", name, shapes(op)), _pick("chip", chip, TOPOLOGIES))
+        return cls(op, pick(f"shape of {op}", name, shapes(op)), pick("chip", chip, TOPOLOGIES))
 
     @property
     def shape(self) -> Shape:
@@ -81,20 +103,11 @@ class Case:
 
     @property
     def device(self) -> Any:
-        from jax.experimental import topologies
-
-        return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[self.chip]).devices[0]
+        return device_of(self.chip)
 
     def lower(self) -> Any:
         """Ready to be compiled for the chip."""
-        import jax
-        from jax.sharding import SingleDeviceSharding
-
-        shape, sharding = self.shape, SingleDeviceSharding(self.device)
-        jitted = jax.jit(
-            shape.function(self.device), in_shardings=sharding, out_shardings=sharding, donate_argnums=shape.donated
-        )
-        return jitted.lower(*shape.arguments(self.device))
+        return lower(self.shape, self.device)
 
 
 def cases(op: str, chips: tuple[str, ...] = CHIPS) -> list[Case]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tpu_inference.tools import schedule
-from tpu_inference.tools.kernel_report.cases import Case
+from tpu_inference.tools.kernel_report.cases import Case, Shape
 from tpu_inference.tools.schedule.environment import ScheduleError, without_recording
 
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
@@ -106,6 +106,14 @@ def _kernels(recorded: schedule.Recorded, timing: schedule.Timing) -> list[Kerne
     return found
 
 
+def roofs_of(shape: Shape, chip: str, bandwidth: float) -> tuple[float, float]:
+    """Microseconds of the useful work at full bandwidth, and at this share of it."""
+    full = schedule.Machine.of(chip, 0, 1.0)
+    compute = shape.useful_flops / full.flops(shape.dtype)
+    memory = shape.useful_bytes / full.bytes_per_second
+    return max(compute, memory) * 1e6, max(compute, memory / bandwidth) * 1e6
+
+
 def measure(case: Case) -> Report:
     """Compile, emulate under every assumption, and put together."""
     schedule.prepare()
@@ -116,11 +124,7 @@ def measure(case: Case) -> Report:
     for bandwidth in schedule.BANDWIDTHS:
         for latency in schedule.LATENCIES:
             timing = recorded.time(case.chip, latency, bandwidth)
-            full = schedule.Machine.of(case.chip, latency, 1.0)
-            compute = shape.useful_flops / full.flops(shape.dtype)
-            memory = shape.useful_bytes / full.bytes_per_second
-            roofs = max(compute, memory) * 1e6, max(compute, memory / bandwidth) * 1e6
-            figures.append(Figure.of(timing, latency, bandwidth, roofs))
+            figures.append(Figure.of(timing, latency, bandwidth, roofs_of(shape, case.chip, bandwidth)))
     first = recorded.time(case.chip, schedule.LATENCIES[0], schedule.BANDWIDTHS[0])
     return Report(
         case.op, case.name, shape.about, case.chip, shape.form(case.device), round(seconds, 1), shape.useful_bytes,

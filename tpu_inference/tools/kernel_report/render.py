@@ -93,9 +93,10 @@ def as_tables(reports: Iterable[Report]) -> str:
     return "\n\n".join(blocks)
 
 
-def replace_region(text: str, body: str) -> str:
+def replace_region(text: str, body: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """`text` with `body` between the markers; ValueError without exactly one pair of them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"needs one {BEGIN} before one {END}")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}"
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"needs one {begin} before one {end}")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Throughput of 32 requests that ask for everything against 32 plain ones: `python benchmarks/sampling.py`.
+
+The demo model, 32 requests of 16 tokens in and 128 out, all at once. Plain ones are greedy, or draw at temperature 1; the others are a mixture of
+penalties, seeds, logprobs, biases, allowed tokens, bad words, `min_tokens` and, in the last row, grammars too. Kinds take turns; each figure is the
+best of its rounds, which other load on the machine touches least. "Engine" counts the time in vLLM's engine core, scheduler and runner: its front
+end, which makes Python objects and text of each logprob, is a process of its own in a server and shares this one here ("all").
+"""
+
+import argparse
+import os
+import random
+import time
+from typing import Any
+
+import common
+
+BAR = 0.85
+REQUESTS, PROMPT, TOKENS = 32, 16, 128
+
+
+def mixed(i: int) -> dict[str, Any]:
+    """What the i-th of the mixed requests asks for."""
+    kinds: list[dict[str, Any]] = [
+        dict(temperature=1.0, seed=i, presence_penalty=0.5, frequency_penalty=0.3),
+        dict(temperature=0.8, seed=i, top_p=0.9, repetition_penalty=1.2),
+        dict(temperature=0.0, logprobs=5, repetition_penalty=1.1),
+        dict(temperature=1.0, seed=i, logprobs=0, logit_bias={300: 2.0, 301: -5.0}),
+        dict(temperature=0.7, top_k=40, allowed_token_ids=list(range(100, 1200))),
+        dict(temperature=1.0, min_p=0.05, bad_words=["fox", "there was", "a long time ago"]),
+        dict(temperature=0.0, min_tokens=64, stop_token_ids=[17, 19]),
+        dict(temperature=1.0, seed=i, logprob_token_ids=[5, 6, 7]),
+    ]
+    return kinds[i % len(kinds)]
+
+
+def structured(i: int) -> dict[str, Any]:
+    """The same, every fourth request under a grammar of its own."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if i % 4:
+        return mixed(i)
+    return dict(temperature=1.0, seed=i, structured_outputs=StructuredOutputsParams(regex=f"[a-z{i % 10} ]*"))
+
+
+KINDS = {
+    "greedy": lambda i: dict(temperature=0.0),
+    "temperature 1": lambda i: dict(temperature=1.0),
+    "mixed": mixed,
+    "mixed, with grammars": structured,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    from tpu_inference.demo import MODEL
+
+    llm = LLM(
+        MODEL, max_model_len=256, max_num_seqs=REQUESTS, max_num_batched_tokens=512, num_gpu_blocks_override=1024, enable_prefix_caching=False,
+        additional_config={"background_compile": False},
+    )  # fmt: skip
+
+    core = llm.llm_engine.engine_core
+    inside, get_output = [0.0], core.get_output
+
+    def timed() -> Any:
+        start = time.perf_counter()
+        try:
+            return get_output()
+        finally:
+            inside[0] += time.perf_counter() - start
+
+    core.get_output = timed
+
+    def seconds(kind: str) -> tuple[float, float]:
+        """Of a token: in the engine, and in all."""
+        prompts = [{"prompt_token_ids": [random.randrange(300, 1200) for _ in range(PROMPT)]} for _ in range(REQUESTS)]
+        params = [SamplingParams(max_tokens=TOKENS, ignore_eos=True, **KINDS[kind](i)) for i in range(REQUESTS)]
+        inside[0], start = 0.0, time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        count = sum(len(out.outputs[0].token_ids) for out in outputs)
+        return inside[0] / count, (time.perf_counter() - start) / count
+
+    best = dict.fromkeys(KINDS, (float("inf"), float("inf")))
+    for _ in range(rounds):
+        for kind in KINDS:
+            best[kind] = tuple(map(min, best[kind], seconds(kind)))
+    rows = []
+    for kind, (engine, everything) in best.items():
+        of_greedy, of_drawn = (best[plain][0] / engine for plain in ("greedy", "temperature 1"))
+        met = common.met(of_drawn, BAR, at_least=True) if kind == "mixed" else ""
+        rows.append((kind, 1 / engine, of_greedy, of_drawn, met, 1 / everything, best["temperature 1"][1] / everything))
+    header = (
+        "32 requests",
+        "engine, tokens/s",
+        "of greedy",
+        "of temperature 1",
+        f"bar {BAR} met",
+        "all, tokens/s",
+        "of temperature 1",
+    )
+    text = common.table(header, rows)
+    print(text)
+    title = "# What sampling parameters cost"
+    common.write("sampling.md", "\n\n".join((title, common.machine_line(), __doc__.split("\n\n", 1)[1].strip(), text)))
+
+
+if __name__ == "__main__":
+    main()
