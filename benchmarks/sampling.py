@@ -2,8 +2,8 @@
 """Throughput of 32 requests that ask for everything against 32 plain ones: `python benchmarks/sampling.py`.
 
 The demo model, 32 requests of 16 tokens in and 128 out, all at once. Plain ones are greedy, or draw at temperature 1; the others are a mixture of
-penalties, seeds, logprobs, biases, allowed tokens, bad words, `min_tokens` and, in the last row, grammars too. Kinds take turns; each figure is the
-best of its rounds, which other load on the machine touches least. "Engine" counts the time in vLLM's engine core, scheduler and runner: its front
+penalties, seeds, logprobs, biases, allowed tokens, bad words, `min_tokens` and, in the last row, grammars too. Kinds take turns; a
+ratio is the median over rounds of two neighbours in time, so that load which comes and goes on the machine touches both. "Engine" counts the time in vLLM's engine core, scheduler and runner: its front
 end, which makes Python objects and text of each logprob, is a process of its own in a server and shares this one here ("all").
 """
 
@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import time
+from statistics import median
 from typing import Any
 
 import common
@@ -77,24 +78,30 @@ def main() -> None:
 
     core.get_output = timed
 
-    def seconds(kind: str) -> tuple[float, float]:
-        """Of a token: in the engine, and in all."""
+    def rates(kind: str) -> tuple[float, float]:
+        """Tokens a second of the engine, and of all."""
         prompts = [{"prompt_token_ids": [random.randrange(300, 1200) for _ in range(PROMPT)]} for _ in range(REQUESTS)]
         params = [SamplingParams(max_tokens=TOKENS, ignore_eos=True, **KINDS[kind](i)) for i in range(REQUESTS)]
         inside[0], start = 0.0, time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         count = sum(len(out.outputs[0].token_ids) for out in outputs)
-        return inside[0] / count, (time.perf_counter() - start) / count
+        return count / inside[0], count / (time.perf_counter() - start)
 
-    best = dict.fromkeys(KINDS, (float("inf"), float("inf")))
-    for _ in range(rounds):
-        for kind in KINDS:
-            best[kind] = tuple(map(min, best[kind], seconds(kind)))
+    for kind in KINDS:  # once, to be rid of what happens only then
+        rates(kind)
+    found = [{kind: rates(kind) for kind in KINDS} for _ in range(rounds)]
+
+    def ratio(kind: str, plain: str, part: int) -> float:
+        return median(each[kind][part] / each[plain][part] for each in found)
+
     rows = []
-    for kind, (engine, everything) in best.items():
-        of_greedy, of_drawn = (best[plain][0] / engine for plain in ("greedy", "temperature 1"))
+    for kind in KINDS:
+        of_drawn = ratio(kind, "temperature 1", 0)
         met = common.met(of_drawn, BAR, at_least=True) if kind == "mixed" else ""
-        rows.append((kind, 1 / engine, of_greedy, of_drawn, met, 1 / everything, best["temperature 1"][1] / everything))
+        engine, everything = (median(each[kind][part] for each in found) for part in (0, 1))
+        rows.append(
+            (kind, engine, ratio(kind, "greedy", 0), of_drawn, met, everything, ratio(kind, "temperature 1", 1))
+        )
     header = (
         "32 requests",
         "engine, tokens/s",

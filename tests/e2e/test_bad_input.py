@@ -14,6 +14,7 @@ from helpers.engines import engine, free_blocks, scheduler
 from helpers.tiny_models import greedy, prompts
 from tpu_inference.demo import MODEL
 from tpu_inference.models.common.registry import supported_architectures
+from tpu_inference.models.common.vllm_loader import implementation
 from tpu_inference.platforms.requests import UNSERVED
 
 PROMPT = "Once upon a time there was a kind fox named Mia, who lived in a valley"
@@ -193,16 +194,25 @@ def copy(zoo, tmp_path):
     return Path(shutil.copytree(zoo("llama"), tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["FalconForCausalLM"]], ids=str)
-def test_config_without_a_served_architecture(copy, architectures):
+def test_no_jax_class_where_one_is_asked_for(copy, monkeypatch):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["FalconForCausalLM"]}))
+    monkeypatch.setenv("MODEL_IMPL_TYPE", "flax_nnx")
+    with pytest.raises(Exception, match="served are") as error:
+        EngineArgs(str(copy), skip_tokenizer_init=True).create_engine_config()
+    assert all(error.match(name) for name in supported_architectures())
+
+
+@pytest.mark.parametrize("architectures", [None, []], ids=str)
+def test_without_architectures_vllms_own_choice_is_served(copy, architectures):
+    """vLLM names one after the model type, as on other platforms."""
     config = json.loads((copy / "config.json").read_text())
     del config["architectures"]
     if architectures is not None:
         config["architectures"] = architectures
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(Exception, match="served are") as error:
-        EngineArgs(str(copy), skip_tokenizer_init=True).create_engine_config()
-    assert all(error.match(name) for name in supported_architectures())
+    chosen = implementation(EngineArgs(str(copy), skip_tokenizer_init=True).create_engine_config())
+    assert (chosen.kind, chosen.architecture) == ("vllm", "LlamaModel")
 
 
 def test_config_with_an_architecture_that_nobody_knows(copy):

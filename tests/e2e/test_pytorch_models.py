@@ -23,10 +23,8 @@ def check(path, batch, got):
         assert answer == greedy(path, prompt, len(answer))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["gemma2@tied", pytest.param("llama", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2@tied", "llama", "qwen3"])
 def test_twins(zoo, name):
     """The same checkpoint by both classes: equal tokens, equal programs."""
     path, batch, programs = zoo(name), prompts(9, seed=6), {}

@@ -18,7 +18,7 @@ OPTIONS = dict(
 )  # fmt: skip
 COMPACT = {"disable_any_whitespace": True}
 """A model as small as this one would rather indent for ever than go on with an object."""
-BACKENDS = ["xgrammar", "guidance", "outlines", "lm-format-enforcer"]
+BACKENDS = ["xgrammar", "guidance", "outlines"]
 
 
 def schema(i):
@@ -58,7 +58,6 @@ SERVED_BY = {
     "xgrammar": ["json", "regex", "choice", "grammar", "structural_tag"],
     "guidance": ["json", "regex", "choice"],
     "outlines": ["json", "regex", "choice"],
-    "lm-format-enforcer": ["json", "regex", "choice"],
 }
 
 

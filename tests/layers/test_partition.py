@@ -18,7 +18,7 @@ def partitions(draw):
     return Partition(tuple(unit * width for unit in units), tuple(units), shards)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(partitions())
 def test_products_are_joined_in_order(partition):
     x = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)

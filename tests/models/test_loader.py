@@ -371,6 +371,8 @@ def vllm_config(path, load_format="auto", **changes):
             revision=None,
             hf_config=config,
             hf_text_config=config,
+            architectures=config.architectures,
+            model_impl="auto",
             dtype=torch.float32,
             max_model_len=64,
         ),
@@ -384,7 +386,12 @@ def test_load_model(llama):
     assert [(layer.name, layer.sliding_window) for layer in model.layers] == [
         (f"model.layers.{i}.self_attn", None) for i in range(3)
     ]
-    assert (model.num_kv_heads, model.head_dim, model.vocab_size, model.flat_kv) == (2, 80, 331, False)
+    assert (model.layers[0].num_kv_heads, model.layers[0].head_dim, model.vocab_size, model.flat_kv) == (
+        2,
+        80,
+        331,
+        False,
+    )
     expected = load_params(specs_of(llama, shards=2), Checkpoint([str(llama / "model.safetensors")]), mesh_of(2))
     assert_same(model.params, expected)
 

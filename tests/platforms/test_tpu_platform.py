@@ -62,11 +62,18 @@ def test_default_block_size(max_model_len, platform, size):
         (dict(enable_lora=True), "LoRA"),
         (dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2}), "speculative decoding"),
         (dict(kv_cache_dtype="fp8"), "KV cache of type 'fp8'"),
+        (
+            dict(structured_outputs_config={"backend": "lm-format-enforcer"}),
+            'lm-format-enforcer.*use .*"backend": "auto"',
+        ),
         (dict(dtype="float16"), "float16"),
         (dict(enable_prompt_embeds=True), "prompts given as embeddings"),
-        (dict(model_impl="vllm"), "model_impl='vllm'"),
+        (dict(model_impl="transformers"), "model_impl='transformers'"),
         (dict(additional_config={"typo": 1}), "unknown keys"),
-        (dict(hf_overrides={"architectures": ["FalconForCausalLM"]}), "served are .*LlamaForCausalLM"),
+        (
+            dict(hf_overrides={"architectures": ["Llama4ForCausalLM"]}),
+            "Llama4ForCausalLM is not served .* local chunks",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_with_what_to_do(options, message):
@@ -76,9 +83,21 @@ def test_what_is_not_served_is_refused_with_what_to_do(options, message):
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("MODEL_IMPL_TYPE", "vllm", "PyTorch models"), ("PREFILL_SLICES", "2x2", "disaggregated")],
+    [("PREFILL_SLICES", "2x2", "disaggregated"), ("DECODE_SLICES", "2x2", "disaggregated")],
 )
 def test_variables_of_later_features_are_refused(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(Exception, match=message):
         config()
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "kind"),
+    [("auto", "auto", "flax_nnx"), ("auto", "vllm", "vllm"), ("vllm", "auto", "vllm"), ("vllm", "flax_nnx", "vllm")],
+)
+def test_which_implementation_serves(monkeypatch, flag, variable, kind):
+    """The flag says, and where it does not, the variable."""
+    from tpu_inference.models.common.vllm_loader import implementation
+
+    monkeypatch.setenv("MODEL_IMPL_TYPE", variable)
+    assert implementation(config(model_impl=flag)).kind == kind

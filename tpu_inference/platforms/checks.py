@@ -92,6 +92,12 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(lambda c: c.speculative_config, "speculative decoding", "remove --speculative-config"),
     Refusal(lambda c: c.kv_transfer_config, "KV connectors", "remove --kv-transfer-config"),
     Refusal(lambda c: c.ec_transfer_config, "encoder cache connectors", "remove --ec-transfer-config"),
+    Refusal(
+        # Its release 0.11.3, vLLM 0.32.0's own pin, imports a module that vLLM no longer has: the engine would end with the first request.
+        lambda c: c.structured_outputs_config.backend == "lm-format-enforcer",
+        "structured outputs by lm-format-enforcer, which this vLLM and its release of it cannot import",
+        'use --structured-outputs-config \'{"backend": "auto"}\', or xgrammar, guidance or outlines',
+    ),
     Refusal(lambda c: c.watermark_config, "watermarking", "remove the watermark configuration"),
     Refusal(lambda c: c.weight_transfer_config, "weight transfer", "remove --weight-transfer-config"),
     Refusal(
