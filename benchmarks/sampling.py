@@ -2,10 +2,10 @@
 """Throughput of 32 requests that ask for everything against 32 plain ones: `python benchmarks/sampling.py`.
 
 The demo model, 32 requests of 16 tokens in and 128 out, all at once. Plain ones are greedy, or draw at temperature 1; the others are a mixture of
-penalties, seeds, logprobs, biases, allowed tokens, bad words, `min_tokens` and, in the last row, grammars too. Kinds take turns; a
-ratio is the median over rounds of two neighbours in time, so that load which comes and goes on the machine touches both. "Engine" counts the
-time in vLLM's engine core, scheduler and runner: its front end, which makes Python objects and text of each logprob, is a process of its own
-in a server and shares this one here ("all").
+penalties, seeds, logprobs, biases, allowed tokens, bad words, `min_tokens` and, in the last row, grammars too. Kinds take turns; a ratio is the
+median over rounds of two neighbours in time, so that load which comes and goes on the machine touches both. "Engine" counts the time in vLLM's
+engine core, scheduler and runner: its front end, which makes Python objects and text of each logprob, is a process of its own in a server and shares
+this one here ("all").
 """
 
 import argparse
