@@ -6,8 +6,11 @@ import os
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
+from itertools import cycle
+
 import pytest
 
+from tpu_inference.tools.kernel_report.cases import CHIPS
 from tpu_inference.tools.sweep import AXES, compile_layer, grid, name_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.aot]
@@ -22,8 +25,10 @@ def test_layers_are_of_the_grid_and_leave_no_value_out():
         assert {layer[name] for layer in LAYERS} == set(values)
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
-@pytest.mark.parametrize("layer", LAYERS, ids=name_of)
+# Some 8 seconds each: chips take turns.
+@pytest.mark.parametrize(
+    ("chip", "layer"), list(zip(cycle(CHIPS), LAYERS)), ids=lambda x: x if isinstance(x, str) else name_of(x)
+)
 def test_compiles_to_the_kernels(chip, layer):
     outcome = compile_layer(layer, chip)
     assert (outcome.error, outcome.form) == ("", "pallas")
