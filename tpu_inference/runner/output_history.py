@@ -43,8 +43,8 @@ class OutputHistory:
 
     def record(self, states: RequestStates, batch: InputBatch, tokens: jax.Array) -> None:
         """A step's `tokens` [R] are on their way."""
-        requests = ((row, states.requests[batch.req_ids[row]]) for row in np.flatnonzero(batch.samples).tolist())
-        rows = [(row, request.outputs) for row, request in requests if request.follows_outputs]
+        following = np.flatnonzero(batch.samples & states.follows_outputs[batch.slots]).tolist()
+        rows = [(row, states.requests[batch.req_ids[row]].outputs) for row in following]
         if rows:
             tokens.copy_to_host_async()
             self._waiting.append(_Sampled(tokens, rows))

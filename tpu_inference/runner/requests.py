@@ -101,6 +101,10 @@ class RequestStates:
         self.more_than_argmax = np.zeros(n, bool)
         self.num_logprobs = np.full(n, -1, np.int32)
         """Requested logprobs of the likeliest tokens; -1 for none."""
+        self.follows_outputs = np.zeros(n, bool)
+        """`Request.follows_outputs`, so that a step need not look at every request."""
+        self.names_tokens = np.zeros(n, bool)
+        """Logprobs of tokens that the request names."""
         self.admitted: list[Request] = []
         """Requests that were given a slot since the runner last looked."""
         self._follow_all = follow_all
@@ -172,6 +176,8 @@ class RequestStates:
         self.flags[slot] = HAS_BIAS * request.has_bias | KEEPS_ONE * (params.structured_outputs is not None)
         self.more_than_argmax[slot] = not greedy or request.has_bias or request.has_penalties
         self.num_logprobs[slot] = self._num_logprobs(params)
+        self.follows_outputs[slot] = request.follows_outputs
+        self.names_tokens[slot] = bool(params.logprob_token_ids)
 
     def _num_logprobs(self, params: SamplingParams) -> int:
         if params.logprobs is None or params.logprob_token_ids:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a step's logits to tokens on their way to the host. Which programs run is decided here, by what the batch's requests ask for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -76,10 +76,10 @@ class Sampler:
         if grammar is not None:
             logits = programs.mask(rows, logits, grammar_rows(grammar, batch, rows, programs.mask_words))
         allowed, forced = logits, {}
-        if self._follows_outputs(batch):
+        if following := self._following(batch):
             self._history.catch_up()
-            logits = self._without_bad_words(batch, rows, logits)
-            forced = self._forced_tokens(batch)
+            logits = self._without_bad_words(following, rows, logits)
+            forced = self._forced_tokens(following)
         if self._processors:
             self._history.catch_up()
             tokens, processed = self._sample_with_host(step, logits, forced)
@@ -101,25 +101,23 @@ class Sampler:
 
     # What depends on output tokens.
 
-    def _sampled_requests(self, batch: InputBatch) -> Iterator[tuple[int, Request]]:
-        """(row, request) of the rows that sample."""
-        for row in np.flatnonzero(batch.samples).tolist():
-            yield row, self._states.requests[batch.req_ids[row]]
+    def _following(self, batch: InputBatch) -> list[tuple[int, Request]]:
+        """(row, request) of the rows that sample and depend on their outputs."""
+        states = self._states
+        rows = np.flatnonzero(batch.samples & states.follows_outputs[batch.slots]).tolist()
+        return [(row, states.requests[batch.req_ids[row]]) for row in rows]
 
-    def _follows_outputs(self, batch: InputBatch) -> bool:
-        return any(request.follows_outputs for _, request in self._sampled_requests(batch))
-
-    def _without_bad_words(self, batch: InputBatch, rows: int, logits: jax.Array) -> jax.Array:
+    def _without_bad_words(self, following: Sequence[tuple[int, Request]], rows: int, logits: jax.Array) -> jax.Array:
         banned = {
             row: completed_words(request.outputs, request.bad_words)
-            for row, request in self._sampled_requests(batch)
+            for row, request in following
             if request.has_long_bad_words
         }
         bitmask = bad_word_rows(banned, rows, self._programs.mask_words, self._states.vocab_size)
         return logits if bitmask is None else self._programs.mask(rows, logits, bitmask)
 
-    def _forced_tokens(self, batch: InputBatch) -> dict[int, int]:
-        found = ((row, self._budgets.forced_token(request)) for row, request in self._sampled_requests(batch))
+    def _forced_tokens(self, following: Sequence[tuple[int, Request]]) -> dict[int, int]:
+        found = ((row, self._budgets.forced_token(request)) for row, request in following)
         return {row: token for row, token in found if token is not None}
 
     # Custom logits processors.
@@ -150,9 +148,8 @@ class Sampler:
         states, programs = self._states, self._programs
         wanted = int(np.max(states.num_logprobs[batch.slots]))
         likeliest = programs.logprobs(rows, wanted, logits, tokens) if wanted >= 0 else None
-        asked = {
-            row: ids for row, req in enumerate(batch.req_ids) if (ids := states.requests[req].params.logprob_token_ids)
-        }
+        naming = np.flatnonzero(states.names_tokens[batch.slots]).tolist()
+        asked = {row: states.requests[batch.req_ids[row]].params.logprob_token_ids for row in naming}
         if not asked:
             return None if likeliest is None else StepLogprobs(likeliest, wanted)
         others = np.full((rows, MAX_LOGPROB_TOKEN_IDS), states.vocab_size, np.int32)
