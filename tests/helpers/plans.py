@@ -68,7 +68,7 @@ def made_up_answer(where: str = "v6e:2x4", *, fits: bool = True, steps: tuple[St
     """An 8-device answer with 20 of 32 GiB for the cache."""
     device = DeviceMemory(limit=32 * GIB, share=0.9, weights=4 * GIB, used=4 * GIB, temporaries=GIB)
     plan = (
-        MemoryPlan(device, "", 19 * GIB, 128, 1000, 20 * GIB, {1024: 124, 8192: 15}, 27, ("One note.",))
+        MemoryPlan(device, "", 19 * GIB, 128, 1000, 20 * GIB, {1024: 124, 8192: 15}, 27, notes=("One note.",))
         if fits
         else MemoryPlan(device, device.does_not_fit(), -3 * GIB)
     )

@@ -12,6 +12,8 @@ from tpu_inference.layers.common.sharding import (
     RULES,
     make_mesh,
     named_sharding,
+    shard_bytes,
+    sharding_where_it_divides,
     spec,
 )
 
@@ -55,3 +57,10 @@ def test_an_unknown_axis_is_an_error():
 )
 def test_shards(axes, shape, shard):
     assert named_sharding(make_mesh(jax.devices(), 4), axes).shard_shape(shape) == shard
+
+
+@pytest.mark.parametrize(("vocab", "shard"), [(336, 42), (331, 331)])
+def test_an_array_that_does_not_divide_is_whole_on_every_device(vocab, shard):
+    sharding = sharding_where_it_divides(make_mesh(jax.devices(), 8), (None, "vocab"), (3, vocab))
+    assert sharding.shard_shape((3, vocab)) == (3, shard)
+    assert shard_bytes(jax.ShapeDtypeStruct((3, vocab), "float32", sharding=sharding)) == 12 * shard

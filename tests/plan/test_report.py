@@ -69,9 +69,9 @@ def test_assumptions_about_times_stand_only_beside_times():
 
 def test_a_batch_that_cannot_be_sampled_does_not_fit():
     answer = made_up_answer()
-    assert _with_room_to_sample(answer, vocab_size=1000).memory.fits
+    assert _with_room_to_sample(answer).memory.fits
     crowded = replace(answer, memory=replace(answer.memory, kv_cache=answer.memory.kv_cache + int(7.8 * GIB)))
-    assert "Sampling 256 rows needs" in _with_room_to_sample(crowded, vocab_size=1000).memory.why_not
+    assert "Sampling 256 rows needs" in _with_room_to_sample(crowded).memory.why_not
 
 
 def test_what_is_drawn():

@@ -147,12 +147,11 @@ def _memory(config: Any, question: Question, where: TpuSlice, temporaries: int) 
     return plan_memory(build_engine(config, where), temporaries, question.contexts)
 
 
-def _with_room_to_sample(answer: Answer, vocab_size: int) -> Answer:
+def _with_room_to_sample(answer: Answer) -> Answer:
     """The same, unless a sampled batch would find no memory beside weights and cache: no budget counts it."""
     memory = answer.memory
     # Logits of this step, and of the next, which vLLM has already handed over.
-    logits = 2 * 4 * vocab_size * answer.settings.max_num_seqs
-    missing = answer.sampling + logits - memory.free - memory.device.temporaries
+    missing = answer.sampling + 2 * memory.logits - memory.free - memory.device.temporaries
     if not memory.fits or missing <= 0:
         return answer
     why = (
@@ -172,9 +171,10 @@ def _estimate(step: StepCost, samplers: dict[int, SamplerCost]) -> StepEstimate:
 def _programs_compiled(config: Any, question: Question, where: TpuSlice, work: list, rows: list[int]) -> list[Done]:
     """The largest forward program first."""
     jobs: list[tuple] = [(step_job, config, where, bucket, loads, bool(loads)) for bucket, loads in work]
-    jobs.append((sampler_job, config, where, "greedy", rows, question.times))
     # Sorting a vocabulary follows its values: its schedule would not tell more than its bytes do.
     jobs.append((sampler_job, config, where, "sample", rows[-1:], False))
+    # The shortest job last: it fills the other core's wait.
+    jobs.append((sampler_job, config, where, "greedy", rows, question.times))
     return run_all(jobs)
 
 
@@ -211,4 +211,4 @@ def answer(question: Question, model: ModelInfo, where: TpuSlice) -> Answer:
     greedy = {int(cost.name.split("[")[1][:-1]): cost for cost in samplers if "greedy" in cost.name}
     steps = tuple(_estimate(step, greedy) for job in done for step in job.steps if _fits(step.load, memory))
     found = Answer(model.name, where, settings, memory, compiled, steps, samplers)
-    return _with_room_to_sample(found, config.model_config.get_vocab_size())
+    return _with_room_to_sample(found)

@@ -59,15 +59,6 @@ def _plainly(error: Exception) -> str:
     return " ".join(kept).removeprefix("Value error, ").split(" [type=")[0]
 
 
-def shard_bytes(array: Any) -> int:
-    """Of an abstract array, on one device."""
-    shape = array.sharding.shard_shape(array.shape)
-    size = array.dtype.itemsize
-    for n in shape:
-        size *= n
-    return size
-
-
 def build_engine(config: Any, where: TpuSlice) -> Engine:
     """Everything up to where a server would load the weights. Loads libtpu.
 
@@ -76,7 +67,7 @@ def build_engine(config: Any, where: TpuSlice) -> Engine:
     """
     import jax
 
-    from tpu_inference.layers.common.sharding import make_mesh
+    from tpu_inference.layers.common.sharding import make_mesh, shard_bytes
     from tpu_inference.models.common.vllm_loader import abstract_model
     from tpu_inference.worker.tpu_worker import KV_CACHE_LAYOUT
 

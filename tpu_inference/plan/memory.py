@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpu_inference.plan.engine import Engine, shard_bytes
+from tpu_inference.layers.common.sharding import shard_bytes
+from tpu_inference.plan.engine import Engine
 from tpu_inference.runner.kv_cache_manager import abstract_kv_cache, layout_from_config
 from tpu_inference.runner.programs import StepPrograms
 from tpu_inference.runner.startup_report import format_bytes
@@ -55,6 +56,8 @@ class MemoryPlan:
     requests: dict[int, int] = field(default_factory=dict)
     """Length -> requests of that many tokens that the cache holds at once."""
     num_programs: int = 0
+    logits: int = 0
+    """Of the largest batch of requests."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -165,7 +168,7 @@ def _too_long(engine: Engine, device: DeviceMemory, margin: int) -> str:
 
 def plan_memory(engine: Engine, temporaries: int, lengths: Sequence[int]) -> MemoryPlan:
     """Budget, KV cache and what it holds, given what the largest program needs."""
-    device = device_memory(engine, temporaries)
+    device = device_memory(engine, temporaries + engine.runner.programs_for_budget().tables_bytes)
     if device.kv_cache <= 0:
         unknown = (
             ""
@@ -185,5 +188,6 @@ def plan_memory(engine: Engine, temporaries: int, lengths: Sequence[int]) -> Mem
         kv_cache=pool.bytes_per_device,
         requests=_requests(engine, pool.config, sorted({*(n for n in lengths if n < longest), longest})),
         num_programs=len(pool.programs.cases()),
+        logits=pool.programs.logits_bytes(engine.runner.plan.max_rows),
         notes=tuple(_notes(engine, pool.layout)),
     )

@@ -129,7 +129,7 @@ def _memory_text(answer: Answer) -> str:
     rows = [
         ("weights", device.weights, ""),
         ("KV cache", memory.kv_cache, f"{memory.num_blocks} blocks of {memory.block_size} tokens"),
-        ("temporaries", device.temporaries, "of the largest program"),
+        ("temporaries", device.temporaries, "of the largest program, and the sampler's tables"),
         (
             "free",
             memory.free,

@@ -21,7 +21,7 @@ from tpu_inference.layers.common.sampling_processors import (
     count_tokens,
     write_row,
 )
-from tpu_inference.layers.common.sharding import named_sharding
+from tpu_inference.layers.common.sharding import named_sharding, shard_bytes, sharding_where_it_divides
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.runner.buckets import Bucket, BucketPlan
 from tpu_inference.runner.compilation_manager import CompilationManager, CompileCase
@@ -113,6 +113,8 @@ class StepPrograms:
         self._normalised = logprobs_mode.endswith("logprobs")
         self._processed = logprobs_mode.startswith("processed") or host_processors
         self._everywhere = named_sharding(mesh, ())
+        # Logits stay where the head's product leaves them: to gather them would cost more than all else between two layers and a token.
+        self._by_vocab = sharding_where_it_divides(mesh, (None, "vocab"), (1, model.vocab_size))
 
     def sizes(self, bucket: Bucket) -> Sizes:
         """Dimension sizes of `StepInputs` in a bucket."""
@@ -120,8 +122,8 @@ class StepPrograms:
             "tokens": bucket.tokens, "rows": bucket.rows, "groups": self._num_groups, "blocks": self._max_blocks
         }  # fmt: skip
 
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
+    def _array(self, shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self._everywhere)
 
     def _jit(self, fn, donate: tuple[int, ...] = (), out: Any = None):
         return jax.jit(fn, donate_argnums=donate, out_shardings=self._everywhere if out is None else out)
@@ -135,7 +137,11 @@ class StepPrograms:
         return jax.device_put(np.zeros(self._num_slots, np.int32), self._everywhere)
 
     def _logits(self, rows: int) -> jax.ShapeDtypeStruct:
-        return self._array((rows, self._model.vocab_size), jnp.float32)
+        return self._array((rows, self._model.vocab_size), jnp.float32, self._by_vocab)
+
+    def logits_bytes(self, rows: int) -> int:
+        """Of each device: the logits of `rows`."""
+        return shard_bytes(self._logits(rows))
 
     @property
     def mask_words(self) -> int:
@@ -148,7 +154,8 @@ class StepPrograms:
     def forward_case(self, bucket: Bucket) -> CompileCase:
         sizes, every = self.sizes(bucket), self._everywhere
         kv_shardings = jax.tree.map(lambda array: array.sharding, self._kv_cache)
-        fn = self._jit(partial(_forward, self._model, sizes), (1,), (every, every, every, kv_shardings))
+        out = (every, self._by_vocab, every, kv_shardings)
+        fn = self._jit(partial(_forward, self._model, sizes), (1,), out)
         buffer = StepInputs.abstract(sizes)
         args = (self._model.params, self._kv_cache, self._last_tokens, self._array(buffer.shape, buffer.dtype))
         return CompileCase("forward", bucket, fn, args)
@@ -160,19 +167,20 @@ class StepPrograms:
     @cached_property
     def _tables(self) -> TokenTables:
         shape = (self._num_slots, self._model.vocab_size)
-        return TokenTables(self._array(shape, jnp.int32), self._array(shape, jnp.float32))
+        return TokenTables(*(self._array(shape, dtype, self._by_vocab) for dtype in (jnp.int32, jnp.float32)))
 
     @property
     def tables_bytes(self) -> int:
         """Of each device: what `make_tables` takes."""
-        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self._tables))
+        return sum(map(shard_bytes, jax.tree.leaves(self._tables)))
 
     def make_tables(self) -> TokenTables:
         """The device's record of what requests say of each token, all rows without a request yet."""
         return jax.tree.map(zeros, self._tables)
 
     def sample_case(self, rows: int) -> CompileCase:
-        fn = self._jit(partial(_sample, sampling_sizes(rows), self._processed), (2, 3))
+        out = (self._everywhere, self._everywhere, self._by_vocab, self._by_vocab if self._processed else None)
+        fn = self._jit(partial(_sample, sampling_sizes(rows), self._processed), (2, 3), out)
         buffer = SamplingInputs.abstract(sampling_sizes(rows))
         words = self._array(buffer.shape, buffer.dtype)
         args = (self._logits(rows), self._rows(rows), self._last_tokens, self._tables, words)
@@ -181,11 +189,11 @@ class StepPrograms:
     def write_row_case(self) -> CompileCase:
         row = self._array((2, self._model.vocab_size), jnp.int32)
         args = (self._tables, self._array((), jnp.int32), row)
-        return CompileCase("write_row", "slot", self._jit(write_row, (0,)), args)
+        return CompileCase("write_row", "slot", self._jit(write_row, (0,), self._by_vocab), args)
 
     def mask_case(self, rows: int) -> CompileCase:
         words = self._array((rows, self.mask_words), jnp.int32)
-        return CompileCase("mask", rows, self._jit(apply_bitmask), (self._logits(rows), words))
+        return CompileCase("mask", rows, self._jit(apply_bitmask, out=self._by_vocab), (self._logits(rows), words))
 
     def logprobs_case(self, rows: int, size: int | None = None) -> CompileCase:
         """Of the `size` likeliest tokens; default: the fewest there is a program for."""

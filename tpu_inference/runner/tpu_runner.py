@@ -97,9 +97,13 @@ class TPUModelRunner:
             host_processors=bool(self.host_processors),
         )
 
+    def programs_for_budget(self) -> StepPrograms:
+        """Programs over a small cache: what they need beside it does not depend on its size."""
+        return self.make_programs(uniform_layout(self.functions, num_blocks=self.max_blocks), 1)
+
     def temporary_bytes(self) -> int:
         """Bytes per device besides parameters and cache: what the largest forward program needs, as compiled, and the sampler's tables."""
-        programs = self.make_programs(uniform_layout(self.functions, num_blocks=self.max_blocks), 1)
+        programs = self.programs_for_budget()
         case = programs.forward_case(self.plan.buckets[-1])
         return bytes_beside_arguments(case.fn.lower(*case.args).compile()) + programs.tables_bytes
 

@@ -5,6 +5,7 @@ Modules name what a dimension *is* ("heads", "mlp", "vocab"); this table says wh
 file contains a mesh-axis name.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -53,3 +54,15 @@ def spec(axes: LogicalAxes) -> PartitionSpec:
 def named_sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
     """`spec(axes)` on `mesh`."""
     return NamedSharding(mesh, spec(axes))
+
+
+def sharding_where_it_divides(mesh: Mesh, axes: LogicalAxes, shape: Sequence[int]) -> NamedSharding:
+    """`named_sharding(mesh, axes)`, or the whole array on every device where `shape` does not divide among them."""
+    sharding = named_sharding(mesh, axes)
+    parts = (1 if axis is None else mesh.shape[axis] for axis in sharding.spec)
+    return named_sharding(mesh, ()) if any(size % n for size, n in zip(shape, parts, strict=True)) else sharding
+
+
+def shard_bytes(array: jax.ShapeDtypeStruct | jax.Array) -> int:
+    """What a sharded array takes on each device."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

@@ -4,6 +4,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from tpu_inference.layers.common.attention import KVCache, attention
@@ -71,9 +72,10 @@ class Attention(nnx.Module):
         """x: [T, hidden]; `rope` cosine and sine [T, ...]; `window` a Python int, None, or traced (<= 0: none)."""
         cfg, plan, tokens = self.cfg, self.heads, x.shape[0]
         per_q, per_kv = plan.num_q_slots // self.shards, plan.num_kv_slots // self.shards
-        qkv = before_split(self.qkv(x)).reshape(tokens, self.shards, per_q + 2 * per_kv, cfg.head_dim)
-        parts = (qkv[:, :, :per_q], qkv[:, :, per_q : per_q + per_kv], qkv[:, :, per_q + per_kv :])
-        q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in parts)
+        qkv = before_split(self.qkv(x)).reshape(tokens, self.shards, -1)
+        # Cut along the lanes before heads are told apart, as in the MLP.
+        ends = (per_q * cfg.head_dim, (per_q + per_kv) * cfg.head_dim)
+        q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in jnp.split(qkv, ends, axis=-1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
