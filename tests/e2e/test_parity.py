@@ -63,10 +63,15 @@ def test_after_preemption(zoo, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "tp"), [("llama", 2), ("gemma3", 2), *((name, 8) for name in FAMILIES if not name.startswith("llama-"))]
+    ("name", "tp"),
+    [
+        ("llama@8-odd", 2),
+        ("gemma3@8-odd", 2),
+        *((f"{name}@8", 8) for name in FAMILIES if not name.startswith("llama-")),
+    ],
 )
 def test_tensor_parallel(zoo, name, tp):
-    path = zoo(f"{name}@8")
+    path = zoo(name)
     batch = prompts(5, seed=2)
     with engine(path, tensor_parallel_size=tp, max_num_seqs=8, max_num_batched_tokens=16) as llm:
         check(path, batch, tokens(llm, batch, COUNT))

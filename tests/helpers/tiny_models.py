@@ -51,13 +51,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 _EIGHT = dict(num_attention_heads=8, num_key_value_heads=2)
 VARIANTS: dict[str, dict[str, Any]] = {
     "": {},
-    "8": _EIGHT,
+    "8": dict(_EIGHT, vocab_size=336),
+    "8-odd": _EIGHT,
     "d128": dict(head_dim=128),
     "deep": dict(_EIGHT, num_hidden_layers=6),
     "tied": dict(tie_word_embeddings=True),
 }
-"""What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants; a head dim that the Pallas kernels serve; layers
-enough to repeat; a head that is the embedding, as vLLM's class of Gemma 2 has it."""
+"""What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants, and a vocabulary that it divides or not; a head dim
+that the Pallas kernels serve; layers enough to repeat; a head that is the embedding, as vLLM's class of Gemma 2 has it."""
 
 
 def build(name: str) -> torch.nn.Module:
