@@ -94,6 +94,9 @@ def check(architecture: str, directory: Path) -> dict[str, Any]:
     from tpu_inference.models.vllm.vllm_model_wrapper import load_vllm_model
 
     row: dict[str, Any] = {}
+    entry = architectures.ARCHITECTURES.get(architecture)
+    if entry and entry.differs:
+        row["cause"] = entry.differs
     try:
         path = architectures.save(architecture, directory)
         logprobs, tokens = by_transformers(architectures.for_transformers(path))
@@ -161,6 +164,7 @@ def run(only: list[str]) -> dict[str, Any]:
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and only else {"rows": {}}
     with tempfile.TemporaryDirectory() as directory:
+        results["rows"] = {name: row for name, row in results["rows"].items() if name in NAMES}
         for name in only or NAMES:
             row = results["rows"][name] = check(name, Path(directory))
             print("pass" if passes(row) else "FAIL", name, row, flush=True)

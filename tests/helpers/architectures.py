@@ -41,6 +41,8 @@ class Architecture:
     base: dict[str, Any] = field(default_factory=lambda: _DENSE)
     scale: float = 12.0
     """Of the matrices: enough for greedy decoding to wander instead of repeating itself."""
+    differs: str = ""
+    """Why vLLM's class computes something else than transformers, where it does."""
 
 
 _A = Architecture
@@ -62,7 +64,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GemmaForCausalLM": _A("GemmaConfig", dict(head_dim=16, tie_word_embeddings=True)),
     "Gemma2ForCausalLM": _A("Gemma2Config", dict(head_dim=16, tie_word_embeddings=True, sliding_window=32, query_pre_attn_scalar=16)),
     "Gemma3ForCausalLM": _A("Gemma3TextConfig", dict(head_dim=16, sliding_window=32, query_pre_attn_scalar=16, tie_word_embeddings=True)),
-    "Gemma3nForCausalLM": _A("Gemma3nTextConfig", dict(head_dim=16, sliding_window=32, tie_word_embeddings=True, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2 + ["full_attention"], hidden_size_per_layer_input=16, vocab_size_per_layer_input=VOCAB_SIZE, laurel_rank=8, altup_num_inputs=2, intermediate_size=[96] * LAYERS, activation_sparsity_pattern=[0.0] * LAYERS)),
     "GlmForCausalLM": _A("GlmConfig", dict(head_dim=16)),
     "Glm4ForCausalLM": _A("Glm4Config", dict(head_dim=16)),
     "Glm4MoeForCausalLM": _A("Glm4MoeConfig", dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, n_shared_experts=1, first_k_dense_replace=1, head_dim=16)),
@@ -94,7 +95,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "OPTForCausalLM": _A("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64, dropout=0.0, num_key_value_heads=None, intermediate_size=None)),
     "PhiForCausalLM": _A("PhiConfig"),
     "Phi3ForCausalLM": _A("Phi3Config"),
-    "PhiMoEForCausalLM": _A("PhimoeConfig", dict(attention_bias=True, lm_head_bias=True, num_local_experts=4, num_experts_per_tok=2)),
+    "PhiMoEForCausalLM": _A("PhimoeConfig", dict(attention_bias=True, lm_head_bias=True, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.01), differs="vLLM's class leaves the bias of lm_head out"),
     "Qwen2ForCausalLM": _A("Qwen2Config"),
     "Qwen2MoeForCausalLM": _A("Qwen2MoeConfig", dict(_MOE, shared_expert_intermediate_size=48)),
     "Qwen3ForCausalLM": _A("Qwen3Config", dict(head_dim=16)),
@@ -126,6 +127,8 @@ def build(architecture: str, changes: dict[str, Any]) -> torch.nn.Module:
     model = transformers.AutoModelForCausalLM.from_config(config(architecture, changes), attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # a router of zeros chooses experts by their order
+                parameter.normal_(std=0.02)
             if parameter.ndim > 1:
                 parameter.mul_(ARCHITECTURES[architecture].scale)
             else:

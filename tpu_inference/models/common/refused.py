@@ -10,6 +10,7 @@ REFUSED: dict[str, str] = {
     "BailingMoeV3ForCausalLM": _LINEAR,
     "DeepseekV32ForCausalLM": _SPARSE,
     "DeepseekV4ForCausalLM": _SPARSE,
+    "Gemma3nForCausalLM": "vLLM's text-only class is never given the embeddings of each layer, so its answers would be wrong",
     "Glm5NextForCausalLM": _SPARSE,
     "GlmMoeDsaForCausalLM": _SPARSE,
     "HYV4ForCausalLM": _OWN_KERNELS,

@@ -117,8 +117,11 @@ class LayerList(torch.nn.ModuleList):
     """A model's list of layers, which yields the scanned ones as one where the step has stacks for it."""
 
     repeat: Repeat | None = None
+    walked = False
+    """Whether the model iterates over it; one that asks for layers by their index would never meet the scan."""
 
     def __iter__(self) -> Iterator[Any]:
+        self.walked = True
         layers = list(super().__iter__())
         repeat = self.repeat
         if repeat is None or repeat.path not in current_step().stacks:
@@ -177,7 +180,7 @@ class _Recorder:
     """Follows a model's own loop over one list of layers while the model is traced."""
 
     def __init__(self, path: str, layers: torch.nn.ModuleList, state: dict[str, jax.Array]) -> None:
-        self._path, self._layers, self._state = path, layers, state
+        self.path, self.layers, self._state = path, layers, state
         held = [{id(tensor) for _, tensor in _tensors(layer)} for layer in layers]
         times = Counter(itertools.chain.from_iterable(held))
         self._own = [{name for name, tensor in _tensors(layer) if times[id(tensor)] == 1} for layer in layers]
@@ -187,7 +190,7 @@ class _Recorder:
     def hooks(self) -> list[Any]:
         return [
             layer.register_forward_hook(lambda module, args, kwargs, out, i=i: self._record(i, args, kwargs, out), with_kwargs=True)
-            for i, layer in enumerate(self._layers)
+            for i, layer in enumerate(self.layers)
         ]  # fmt: skip
 
     def _record(self, index: int, args: Any, kwargs: Any, outputs: Any) -> None:
@@ -203,7 +206,7 @@ class _Recorder:
         self.calls.append(_Call(arguments, _leaves(outputs), program, shared))
 
     def _trace_alone(self, index: int, arguments: dict[Slot, Any]) -> tuple[str, tuple[Any, ...]]:
-        step, layer, prefix = current_step(), self._layers[index], f"{self._path}.{index}."
+        step, layer, prefix = current_step(), self.layers[index], f"{self.path}.{index}."
         # What layers share is the model's, seen through the trace around this one.
         own = {name: self._state[prefix + name] for name in self._own[index] if prefix + name in self._state}
         names = [name for name in step.index_of_layer if name.startswith(prefix) or f".{prefix}" in name]
@@ -314,6 +317,7 @@ def find_repeats(
         for path, layers in lists_of_layers(model).items():
             recorders.append(_Recorder(path, layers, state))
             hooks.extend(recorders[-1].hooks())
+            layers.__class__ = LayerList
 
     try:
         trace(observe)
@@ -323,10 +327,9 @@ def find_repeats(
     repeats = [
         repeat
         for recorder in recorders
-        if recorder.in_order and len(recorder.calls) == len(recorder._layers)
-        if (repeat := _plan(recorder._path, recorder.calls)) is not None
+        if recorder.layers.walked and recorder.in_order and len(recorder.calls) == len(recorder.layers)
+        if (repeat := _plan(recorder.path, recorder.calls)) is not None
     ]
     for repeat in repeats:
-        layers = model.get_submodule(repeat.path)
-        layers.__class__, layers.repeat = LayerList, repeat
+        model.get_submodule(repeat.path).repeat = repeat
     return repeats
