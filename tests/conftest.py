@@ -4,6 +4,7 @@
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 # Before JAX and vLLM are imported, which read these once.
@@ -29,3 +30,18 @@ def zoo(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("zoo")
     return lambda name, **options: tiny_models.save(name, directory, **options)
+
+
+@pytest.fixture(autouse=True)
+def libtpu(request):
+    """Without a libtpu that works, tests marked `aot` say nothing: they are skipped with a warning, and in continuous integration they fail."""
+    if not request.node.get_closest_marker("aot"):
+        return
+    from helpers.libtpu import why_libtpu_does_not_work
+
+    if reason := why_libtpu_does_not_work():
+        message = f"libtpu does not compile here, so nothing is known of TPUs: {reason}"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        warnings.warn(message, stacklevel=1)
+        pytest.skip(message)
