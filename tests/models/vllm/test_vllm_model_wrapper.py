@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's classes as pure functions: their logits are transformers', however they are divided, stacked and loaded."""
 
+import json
+from pathlib import Path
 from shutil import copy
 
 import numpy as np
@@ -93,6 +95,52 @@ def test_a_tensor_that_the_checkpoint_lacks_is_named(zoo, tmp_path):
     copy(f"{source}/config.json", tmp_path)
     with pytest.raises(CheckpointError, match=r"missing: model\.layers\.1\.mlp\.down_proj\.weight"):
         load_vllm_model(vllm_config(str(tmp_path)), mesh(), dummy=False)
+
+
+def save_sharded_state(path, directory):
+    """As vLLM's own example does on one rank."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+
+    config = vllm_config(path)
+    model, _ = vllm_model_wrapper.build(config, mesh())
+    with set_current_vllm_config(config):
+        get_model_loader(config.load_config).load_weights(model, config.model_config)
+        ShardedStateLoader.save_model(model, str(directory), max_size=1 << 18)
+    copy(f"{path}/config.json", directory)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_sharded_state_of_one_rank(zoo, tmp_path, shards):
+    path = zoo("llama@deep")
+    save_sharded_state(path, tmp_path)
+    assert len(list(tmp_path.glob("model-rank-0-part-*.safetensors"))) > 1
+    _, logprobs = found(str(tmp_path), shards, load_format="sharded_state")
+    np.testing.assert_allclose(logprobs, expected(path), atol=1e-3)
+
+
+def test_a_sharded_state_of_several_ranks_is_refused(zoo, tmp_path):
+    copy(f"{zoo('qwen3@8')}/config.json", tmp_path)
+    for rank in range(4):
+        (tmp_path / f"model-rank-{rank}-part-0.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"saved by 4 ranks.*tensor_parallel_size=1"):
+        load_vllm_model(vllm_config(str(tmp_path), load_format="sharded_state"), mesh(), dummy=False)
+
+
+def test_code_of_a_checkpoint_runs_where_vllms_flag_allows_it(zoo, tmp_path):
+    source = zoo("llama@deep")
+    config = json.loads(Path(source, "config.json").read_text())
+    config |= {"model_type": "shepherd", "auto_map": {"AutoConfig": "configuration_shepherd.ShepherdConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_shepherd.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass ShepherdConfig(LlamaConfig):\n    model_type = 'shepherd'\n"
+    )
+    copy(f"{source}/model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code|trust-remote-code"):
+        vllm_config(str(tmp_path))
+    _, logprobs = found(str(tmp_path), trust_remote_code=True)
+    np.testing.assert_allclose(logprobs, expected(source), atol=1e-3)
 
 
 def test_random_weights_need_no_checkpoint(zoo, tmp_path):

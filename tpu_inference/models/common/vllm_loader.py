@@ -24,7 +24,7 @@ logger = init_logger(__name__)
 
 LOAD_FORMATS = {
     "flax_nnx": ("auto", "hf", "safetensors", "pt", "dummy"),
-    "vllm": ("auto", "hf", "safetensors", "pt", "mistral", "dummy"),
+    "vllm": ("auto", "hf", "safetensors", "pt", "mistral", "sharded_state", "dummy"),
 }
 PYTORCH = "tpu_inference.models.vllm.vllm_model_wrapper"
 """By name: torchax is imported where a PyTorch model is served, and nowhere else."""
@@ -61,7 +61,8 @@ def load_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool = False) -> M
     """
     chosen, asked = implementation(vllm_config), vllm_config.load_config.load_format
     if asked not in (formats := LOAD_FORMATS[chosen.kind]):
-        raise TpuInferenceError(f"load_format={asked!r} is not served; use one of {', '.join(formats)}.")
+        by_vllm = " (vLLM's PyTorch class reads it: --model-impl vllm)" if asked in LOAD_FORMATS["vllm"] else ""
+        raise TpuInferenceError(f"load_format={asked!r} is not served; use one of {', '.join(formats)}{by_vllm}.")
     kind = "Flax NNX" if chosen.kind == "flax_nnx" else "vLLM's PyTorch class, lowered by torchax"
     logger.info("Serving %s with %s: %s", chosen.architecture, kind, chosen.why)
     load = _load_jax_model if chosen.kind == "flax_nnx" else import_module(PYTORCH).load_vllm_model

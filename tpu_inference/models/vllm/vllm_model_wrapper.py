@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from tpu_inference.layers.vllm.context import StepContext, step_context
 from tpu_inference.layers.vllm.linear import use_shells
 from tpu_inference.layers.vllm.moe import use_expert_shells
 from tpu_inference.logger import init_logger
+from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 from tpu_inference.models.vllm.exchange import Places
 from tpu_inference.models.vllm.explain import explain
@@ -215,11 +217,26 @@ def load_vllm_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
     traced, state = prepare(vllm_config, mesh)
     if dummy:
         return traced.functions(state.fill(random_array))
+    sharded = vllm_config.load_config.load_format == "sharded_state"
+    if sharded:
+        _check_is_of_one_rank(vllm_config.model_config)
     state.stream()
     with set_current_vllm_config(vllm_config), _names_loaded(traced.model) as loaded:
         get_model_loader(vllm_config.load_config).load_weights(traced.model, vllm_config.model_config)
-    state.check(vllm_config.model_config.model, loaded)
+    if not sharded:  # there vLLM's loader asks the module for its names itself, and misses none
+        state.check(vllm_config.model_config.model, loaded)
     return traced.functions(state.finish())
+
+
+def _check_is_of_one_rank(model_config: ModelConfig) -> None:
+    """A sharded state's files are one rank's each. To PyTorch there is one rank here, and vLLM's loader would take its part for the whole."""
+    where = Path(model_config.model_weights or model_config.model)
+    if others := sorted(where.glob("model-rank-[1-9]*-part-*.safetensors")):
+        ranks = 1 + max(int(path.name.split("-")[2]) for path in others)
+        raise CheckpointError(
+            str(where),
+            [f"saved by {ranks} ranks, and a sharded state is read from one: save it with tensor_parallel_size=1, or load the original checkpoint"],
+        )  # fmt: skip
 
 
 @contextmanager
