@@ -152,7 +152,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         _of_model(lambda m: m.enable_prompt_embeds), "prompts given as embeddings", "remove --enable-prompt-embeds"
     ),
-    Refusal(_of_model(lambda m: m.enable_sleep_mode), "sleep mode", "remove --enable-sleep-mode"),
     Refusal(_of_model(lambda m: m.enable_trace_replay), "trace replay", "remove --enable-trace-replay"),
     Refusal(_of_model(lambda m: m.return_sampling_mask), "returned sampling masks", "remove --return-sampling-mask"),
     Refusal(

@@ -16,6 +16,7 @@ from tpu_inference import envs, tpu_info
 from tpu_inference.compat import choose_start_method, grant_engine_shutdown_grace, loaded_logits_processors
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.platforms.checks import SERVED_DTYPES, refuse_unserved
+from tpu_inference.runner import metrics
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -125,7 +126,7 @@ class TpuPlatform(Platform):
 
     @classmethod
     def is_sleep_mode_available(cls) -> bool:
-        return False
+        return True
 
     @classmethod
     def support_hybrid_kv_cache(cls) -> bool:
@@ -171,6 +172,7 @@ class TpuPlatform(Platform):
 
         _log_device()  # not earlier: vLLM has set up its logging only now
         refuse_unserved(vllm_config)
+        metrics.expose()
         grant_engine_shutdown_grace()
         choose_start_method()
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
