@@ -180,6 +180,9 @@ class TpuPlatform(Platform):
             _change(parallel, "worker_cls", WORKER, "the worker of this platform")
         _change(parallel, "distributed_executor_backend", "uni", "one process drives all devices of a host")
         _change(parallel, "disable_custom_all_reduce", True, "XLA does collectives")
+        if vllm_config.profiler_config.profiler:
+            why = "a torch profile of the API server would have no bounds"
+            _change(vllm_config.profiler_config, "ignore_frontend", True, why)
         _change(compilation, "mode", CompilationMode.NONE, "JAX compiles, not torch")
         _change(compilation, "cudagraph_mode", CUDAGraphMode.NONE, "there is no CUDA graph")
         cache, model = vllm_config.cache_config, vllm_config.model_config

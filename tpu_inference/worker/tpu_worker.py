@@ -20,6 +20,7 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from tpu_inference import envs
 from tpu_inference.compat import keep_torch_to_one_thread_if_forked, quiet_torch_accelerator
+from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.sharding import make_mesh
 from tpu_inference.logger import init_logger
 from tpu_inference.runner.compile_cache import enable_compile_cache
@@ -34,6 +35,8 @@ logger = init_logger(__name__)
 
 KV_CACHE_LAYOUT = "LBNHC"
 """vLLM's name for layer-outermost pages; the order inside a page is ours."""
+
+NO_LORA = "LoRA adapters are not served by tpu_inference: merge the adapter into the checkpoint and load that."
 
 
 def _bytes_of(tree: Any) -> int:
@@ -190,6 +193,19 @@ class TPUWorker(WorkerBase):
     def compute_weight_checksums(self) -> dict[str, str]:
         """Name of each parameter -> SHA-256, which vLLM's `/weight_checker` compares."""
         return self.model_runner.residence.checksums()
+
+    def add_lora(self, lora_request: Any) -> bool:
+        raise TpuInferenceError(NO_LORA)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        raise TpuInferenceError(NO_LORA)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        raise TpuInferenceError(NO_LORA)
+
+    def list_loras(self) -> set[int]:
+        """None can be loaded."""
+        return set()
 
     def reset_encoder_cache(self) -> None:
         """There is no encoder, hence no cache of one: multimodal input is refused."""
