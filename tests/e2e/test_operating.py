@@ -198,6 +198,19 @@ def test_weights_that_are_not_there_leave_the_server_serving(running, story, tmp
     assert running.complete(STORY, max_tokens=30)["text"] == story
 
 
+def test_new_weights_between_pause_and_resume(running, story):
+    """As a trainer does it, with a name of its own for the version."""
+    _, before = running.post("/weight_checker", action="checksum")
+    assert post_text(running, "/pause?mode=keep")[0] == 200
+    rpc(running, "reload_weights")
+    assert running.post("/update_weight_version", new_version="step-2")[0] == 200
+    assert post_text(running, "/resume")[0] == 200
+    assert json.loads(running.get("/weight_info")[1]) == {"weight_version": "step-2"}
+    status, answer = running.post("/weight_checker", action="compare", baseline=before["checksums"])
+    assert status == 200 and answer["match"] and len(before["checksums"]) > 5
+    assert running.complete(STORY, max_tokens=30)["text"] == story
+
+
 def test_the_prefix_cache_is_reset(running, story):
     prompt = "other " * 20
     running.complete(prompt, max_tokens=1)

@@ -54,7 +54,14 @@ def break_it(tensors):
 def served(request, zoo):
     name, impl = request.param
     path = zoo(name)
-    with engine(path, enable_sleep_mode=True, model_impl=impl, max_num_seqs=4, disable_log_stats=False) as llm:
+    with engine(
+        path,
+        worker_extension_cls="helpers.worker_extension.CountDevices",
+        enable_sleep_mode=True,
+        model_impl=impl,
+        max_num_seqs=4,
+        disable_log_stats=False,
+    ) as llm:
         yield llm, path
 
 
@@ -167,6 +174,16 @@ def test_what_is_no_checkpoint_is_refused(llm, tmp_path):
     with pytest.raises(Exception, match=r"(?i)weights"):
         rpc(llm, "reload_weights", str(tmp_path))
     assert tokens(llm, PROMPTS, 1)
+
+
+def test_a_lora_adapter_is_refused_by_name(llm):
+    with pytest.raises(Exception, match="LoRA adapters are not served.*merge"):
+        rpc(llm, "add_lora", object())
+    assert rpc(llm, "list_loras") == set()
+
+
+def test_the_workers_extension_is_there(llm):
+    assert rpc(llm, "count_devices") == 1
 
 
 def test_the_engine_answers_that_its_device_is_well(llm):

@@ -57,9 +57,11 @@ def _unserved_executor(config: "VllmConfig") -> str | None:
 def _default(owner: Any, name: str) -> Any:
     """Of a field of one of vLLM's config classes, which are dataclasses of pydantic's."""
     field = next(field for field in dataclasses.fields(owner) if field.name == name)
-    if hasattr(field.default, "get_default"):
-        return field.default.get_default(call_default_factory=True)
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+    default: Any = field.default
+    factory: Any = field.default_factory
+    if hasattr(default, "get_default"):
+        return default.get_default(call_default_factory=True)
+    return factory() if default is dataclasses.MISSING else default
 
 
 def _changed(owner: Any, but: Sequence[str] = ()) -> str:
