@@ -177,7 +177,7 @@ def test_what_is_no_checkpoint_is_refused(llm, tmp_path):
 
 
 def test_a_lora_adapter_is_refused_by_name(llm):
-    with pytest.raises(Exception, match="LoRA adapters are not served.*merge"):
+    with pytest.raises(Exception, match=r"LoRA adapters are not served.*merge"):
         rpc(llm, "add_lora", object())
     assert rpc(llm, "list_loras") == set()
 
