@@ -268,6 +268,7 @@ def start_trace(*, python: bool) -> Any:
     jax.devices()  # libtpu must have started, or no TPU operation is traced
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = int(python)
+    options.raise_error_on_start_failure = True  # another trace of this process may run
     return _profiler.ProfilerSession(options)
 
 

@@ -56,7 +56,7 @@ def served(request, zoo):
     path = zoo(name)
     with engine(
         path,
-        worker_extension_cls="helpers.worker_extension.CountDevices",
+        worker_extension_cls="helpers.worker_extension.ForTests",
         enable_sleep_mode=True,
         model_impl=impl,
         max_num_seqs=4,

@@ -134,6 +134,7 @@ def test_every_group_is_of_a_flag_that_is_refused():
     ("settings", "message"),
     [
         (dict(profiler="cuda"), "the profiler 'cuda'"),
+        (dict(profiler="torch", torch_profiler_dir="gs://bucket/x"), "profiles written to gs://bucket/x"),
         (dict(profiler="torch", torch_profiler_dir="/tmp/x", torch_profiler_with_memory=True), "profiler_with_memory"),
     ],
 )

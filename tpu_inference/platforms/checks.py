@@ -183,6 +183,11 @@ REFUSALS: tuple[Refusal, ...] = (
         'use "torch", which makes /start_profile trace JAX and the devices',
     ),
     Refusal(
+        lambda c: "://" in c.profiler_config.torch_profiler_dir and c.profiler_config.torch_profiler_dir,
+        "profiles written to {}",
+        "give a directory of this machine as torch_profiler_dir",
+    ),
+    Refusal(
         lambda c: _changed(c.profiler_config, PROFILER_FIELDS),
         "the profiler settings {}",
         "remove them: JAX has its own profiler",
