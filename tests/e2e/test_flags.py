@@ -23,7 +23,7 @@ def test_the_schedulers_flags(zoo):
         kv_events_config={"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint},
     )  # fmt: skip
     with engine(path, **options) as llm, zmq.Context() as context, context.socket(zmq.SUB) as events:
-        assert scheduler(llm).max_num_running_reqs == 2
+        assert scheduler(llm).max_num_active_reqs == 2
         events.connect(endpoint)
         events.subscribe(b"")
         assert tokens(llm, PROMPTS, COUNT) == [tiny_models.greedy(path, prompt, COUNT) for prompt in PROMPTS]
