@@ -71,14 +71,12 @@ def _changed(owner: Any, but: Sequence[str] = ()) -> str:
 
 
 def _value(config: "VllmConfig", path: str) -> tuple[Any, Any]:
-    """(value, default) of a field; twice the same where a part of the configuration is missing, as in some of vLLM's own checks."""
+    """(value, default) of a field; twice None where there is no such part: vLLM leaves some out in its own checks, and another release has others."""
     *parts, name = path.split(".")
     owner: Any = config
     for part in parts:
-        owner = getattr(owner, part)
-        if owner is None:
-            return None, None
-    return getattr(owner, name), _default(owner, name)
+        owner = getattr(owner, part, None)
+    return (getattr(owner, name), _default(owner, name)) if hasattr(owner, name) else (None, None)
 
 
 PROFILER_FIELDS = (
