@@ -55,8 +55,16 @@ def test_two_engines_of_a_process_are_added(tmp_path, scrape):
     assert scrape()[line("vllm:tpu_steps_total", bucket="16x8")] == 2
 
 
+def test_with_several_api_servers_they_lie_where_vllm_looks(tmp_path, scrape, monkeypatch):
+    monkeypatch.setenv("TPU_METRICS_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    StepMetrics("m").step("16x8", 1, 15, 0.001)
+    assert scrape()[line("vllm:tpu_steps_total", bucket="16x8")] == 1
+
+
 def test_without_a_directory_nothing_is_written(monkeypatch):
     monkeypatch.delenv("TPU_METRICS_DIR", raising=False)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     StepMetrics("m").step("16x8", 1, 15, 0.001)
 
 
