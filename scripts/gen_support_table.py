@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of served models (README.md, docs/index.md) and sampling parameters (docs/sampling.md) between their markers.
+"""Write the tables of served models (README.md, docs/index.md), sampling parameters (docs/sampling.md) and flags (docs/features.md).
+
+They go between their markers.
 
     python scripts/gen_support_table.py [--check]
 
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {"README.md": "models", "docs/index.md": "models", "docs/sampling.md": "sampling"}
+FILES = {"README.md": "models", "docs/index.md": "models", "docs/sampling.md": "sampling", "docs/features.md": "flags"}
 """File -> the table that it has."""
 BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 
@@ -40,9 +42,24 @@ def literals(path: Path, *names: str) -> dict[str, Any]:
     """Values of the assignments `name = literal` of a file, read without importing it."""
     found = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in names:
-            found[node.targets[0].id] = ast.literal_eval(node.value)
-    return found
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(target, ast.Name) or node.value is None:
+            continue
+        try:
+            found[target.id] = ast.literal_eval(_Names(found).visit(node.value))
+        except ValueError:  # computed
+            continue
+    return {name: found[name] for name in names}
+
+
+class _Names(ast.NodeTransformer):
+    """Names of earlier literals become their values."""
+
+    def __init__(self, known: dict[str, Any]) -> None:
+        self._known = known
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(self._known[node.id]) if node.id in self._known else node
 
 
 def sampling_table(served: dict[str, str], front_end: str, reasons: dict[str, str]) -> str:
@@ -51,6 +68,28 @@ def sampling_table(served: dict[str, str], front_end: str, reasons: dict[str, st
     lines += [f"| `{name}` | served | {remark} |" for name, remark in served.items()]
     lines += [f"| `{name}` | served | by vLLM's front end |" for name in front_end.split()]
     lines += [f"| `{name}` | refused | {reason} |" for name, reason in reasons.items()]
+    return "\n".join(lines)
+
+
+def flag(name: str) -> str:
+    """As it is written on the command line; what is no flag of vLLM's stays as it is."""
+    return f"`--{name.replace('_', '-')}`" if " " not in name else name
+
+
+def flags_table(served: dict, without: dict, refused: dict, part_of: dict[str, str]) -> str:
+    """Markdown, one row a flag of vLLM's engine."""
+    rows = {name: ("served", remark) for name, remark in served.items()}
+    rows |= {name: ("no effect", why) for name, (_, why) in without.items()}
+    rows |= {name: ("refused", why) for name, (_, why) in refused.items()}
+    rows |= {
+        name: ("with it", f"part of {flag(parent)}, refused")
+        for parent, names in part_of.items()
+        for name in names.split()
+    }
+    lines = ["| Flag | | |", "| --- | --- | --- |"]
+    lines += [
+        f"| {flag(name)} | {status} | {text} |" for name, (status, text) in sorted(rows.items()) if name[0] != "_"
+    ]
     return "\n".join(lines)
 
 
@@ -72,9 +111,11 @@ def main() -> int:
     from tpu_inference.models.common.registry import _MODELS
 
     fields = literals(ROOT / "tpu_inference/platforms/requests.py", "SERVED", "FRONT_END", "REASONS")
+    flags = literals(ROOT / "tpu_inference/platforms/flags.py", "SERVED", "WITHOUT_EFFECT", "REFUSED", "PART_OF")
     bodies = {
         "models": table(_MODELS),
         "sampling": sampling_table(fields["SERVED"], fields["FRONT_END"], fields["REASONS"]),
+        "flags": flags_table(*flags.values()),
     }
     stale = []
     for file, name in FILES.items():

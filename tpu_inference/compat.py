@@ -15,6 +15,8 @@
 | one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
 | `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
 | loading of custom logits processors | `custom_logits_processors` | vLLM drops them silently for TPU; the runner serves them | a platform can say that it does |
+| `prometheus_client.mmap_dict` | `MetricFile` | the engine's metrics, in the files that prometheus_client's public collector reads | it has a writer that is not chosen by a variable at import |
+| `ProfilerSession` of jaxlib | `start_trace`, `stop_trace`, `write_trace` | `jax.profiler.stop_trace` writes whatever size the trace has; here it is known before | JAX can limit a trace |
 | `ThinkingBudgetStateHolder`, one a request | `thinking_budget_state` | the state behind `thinking_token_budget` is part of vLLM's own sampler | it is public |
 """
 
@@ -237,3 +239,44 @@ def custom_logits_processors(given: Sequence[Any] | None) -> list[type]:
 def loaded_logits_processors(given: tuple[Any, ...]) -> tuple[type, ...]:
     """`custom_logits_processors`, loaded once: every request is checked against them."""
     return tuple(custom_logits_processors(given))
+
+
+class MetricFile:
+    """Numbers in a memory-mapped file, as prometheus_client keeps those of one kind of metric for one of several processes."""
+
+    def __init__(self, path: str) -> None:
+        from prometheus_client.mmap_dict import MmapedDict
+
+        self._values = MmapedDict(path)
+
+    def key(self, metric: str, name: str, labels: dict[str, str], help_text: str) -> str:
+        """The key of the line `name{labels}` of `metric`."""
+        from prometheus_client.mmap_dict import mmap_key
+
+        return mmap_key(metric, name, list(labels), list(labels.values()), help_text)
+
+    def write(self, key: str, value: float, timestamp: float) -> None:
+        """Seconds since the epoch decide between processes where only the latest counts, else 0."""
+        self._values.write_value(key, value, timestamp)
+
+
+def start_trace(*, python: bool) -> Any:
+    """Start tracing this process and its devices, `python` calls too. Returns the session for `stop_trace`."""
+    import jax
+    from jax._src.lib import _profiler
+
+    jax.devices()  # libtpu must have started, or no TPU operation is traced
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = int(python)
+    options.raise_error_on_start_failure = True  # another trace of this process may run
+    return _profiler.ProfilerSession(options)
+
+
+def stop_trace(session: Any) -> bytes:
+    """The trace, still in memory."""
+    return session.stop()
+
+
+def write_trace(session: Any, trace: bytes, directory: str) -> None:
+    """Write it for TensorBoard and XProf, below `directory`/plugins/profile/."""
+    session.export(trace, directory)

@@ -79,6 +79,13 @@ def _names(raw: str) -> tuple[str, ...]:
     return names
 
 
+def _positive(raw: str) -> float:
+    value = float(raw)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
 def _slices(raw: str) -> tuple[tuple[int, ...], ...]:
     slices = tuple(tuple(int(n) for n in shape.lower().split("x")) for shape in raw.split(","))
     if any(n < 1 for shape in slices for n in shape):
@@ -162,6 +169,51 @@ ENV_VARS: dict[str, EnvVar] = {
             "auto",
             "Which implementation of a model to use, where `--model-impl` does not say: `flax_nnx` (JAX), `vllm` (vLLM's PyTorch class), or `auto`: "
             "JAX where there is a class for it.",
+        ),
+        EnvVar(
+            "TPU_HEALTH_TIMEOUT",
+            _natural,
+            "a whole number of seconds from 0",
+            60,
+            "Seconds that the device may take to answer a tiny computation, which it is asked as often. If it does not, the engine process ends, and "
+            "`/health` is 503. 0: it is not asked.",
+        ),
+        EnvVar(
+            "TPU_PROFILE_MAX_STEPS",
+            _natural,
+            "a whole number from 0",
+            100,
+            "Steps after which a profile ends by itself, also where more are asked for. 0: no limit.",
+        ),
+        EnvVar(
+            "TPU_PROFILE_MAX_SECONDS",
+            _natural,
+            "a whole number of seconds from 0",
+            60,
+            "Seconds after which a profile ends by itself, whatever it has seen: a trace stays in memory until then. 0: no limit.",
+        ),
+        EnvVar(
+            "TPU_PROFILE_MAX_GIB",
+            _positive,
+            "a number of GiB above 0",
+            1.0,
+            "The largest trace that is written, and what a profile wants free on its disk, twice over, before it starts.",
+        ),
+        EnvVar(
+            "TPU_METRICS_DIR",
+            str,
+            "a path",
+            None,
+            "Where an engine keeps its metrics for the API server, which makes a directory and sets this for its engine, whatever it was.",
+            forward=False,
+        ),
+        EnvVar(
+            "PROMETHEUS_MULTIPROC_DIR",
+            str,
+            "a path",
+            None,
+            "The same for all metrics, where there are several API servers; vLLM sets it.",
+            forward=False,
         ),
         EnvVar(
             "PREFILL_SLICES", _slices, _SLICE_VALUES, (), "Slices for disaggregated prefill. Not served yet: refused."

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a vLLM configuration may not ask for yet, as a table: refused before anything is loaded, all of it in one error."""
 
-from collections.abc import Callable
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +12,13 @@ import torch
 from tpu_inference import envs
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import ConfigError
+from tpu_inference.logger import init_logger, log_once
+from tpu_inference.platforms import flags
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+logger = init_logger(__name__)
 
 SERVED_DTYPES = [torch.bfloat16, torch.float32]
 """The first is what vLLM falls back to for a checkpoint of another type."""
@@ -47,6 +53,36 @@ def _unserved_executor(config: "VllmConfig") -> str | None:
     name = getattr(backend, "__name__", backend)
     return name if isinstance(backend, str) and backend in ("mp", "ray", "external_launcher") else None
 
+
+def _default(owner: Any, name: str) -> Any:
+    """Of a field of one of vLLM's config classes, which are dataclasses of pydantic's."""
+    field = next(field for field in dataclasses.fields(owner) if field.name == name)
+    default: Any = field.default
+    factory: Any = field.default_factory
+    if hasattr(default, "get_default"):
+        return default.get_default(call_default_factory=True)
+    return factory() if default is dataclasses.MISSING else default
+
+
+def _changed(owner: Any, but: Sequence[str] = ()) -> str:
+    """Names of the fields of `owner` that are not at their defaults, those in `but` left out."""
+    names = (field.name for field in dataclasses.fields(owner) if field.name not in but)
+    return ", ".join(name for name in names if getattr(owner, name) != _default(owner, name))
+
+
+def _value(config: "VllmConfig", path: str) -> tuple[Any, Any]:
+    """(value, default) of a field; twice None where there is no such part: vLLM leaves some out in its own checks, and another release has others."""
+    *parts, name = path.split(".")
+    owner: Any = config
+    for part in parts:
+        owner = getattr(owner, part, None)
+    return (getattr(owner, name), _default(owner, name)) if hasattr(owner, name) else (None, None)
+
+
+PROFILER_FIELDS = (
+    "profiler torch_profiler_dir torch_profiler_with_stack delay_iterations max_iterations ignore_frontend".split()
+)
+"""Those that are served; `ignore_frontend` is set by the platform."""
 
 REFUSALS: tuple[Refusal, ...] = (
     # Parallelism
@@ -125,6 +161,35 @@ REFUSALS: tuple[Refusal, ...] = (
         "KV cache types by layer",
         "remove --kv-cache-dtype-skip-layers",
     ),
+    Refusal(
+        # vLLM sets the one that is left out itself.
+        lambda c: _changed(c.attention_config, ["backend", "sparse_mla_prefill_workspace_factor"]),
+        "attention_config ({})",
+        "remove it: there is one attention, whose form is chosen for the device",
+    ),
+    Refusal(
+        # Where vLLM keeps these flags of models with state-space layers.
+        lambda c: ", ".join(
+            sorted({"gdn_prefill_backend", "kda_prefill_backend", "kda_decode_backend"} & set(c.additional_config))
+        ),
+        "the flags {}",
+        "remove them: models with state-space layers are refused",
+    ),
+    Refusal(
+        lambda c: c.profiler_config.profiler not in (None, "torch") and c.profiler_config.profiler,
+        "the profiler {!r}",
+        'use "torch", which makes /start_profile trace JAX and the devices',
+    ),
+    Refusal(
+        lambda c: "://" in c.profiler_config.torch_profiler_dir and c.profiler_config.torch_profiler_dir,
+        "profiles written to {}",
+        "give a directory of this machine as torch_profiler_dir",
+    ),
+    Refusal(
+        lambda c: _changed(c.profiler_config, PROFILER_FIELDS),
+        "the profiler settings {}",
+        "remove them: JAX has its own profiler",
+    ),
     # The model
     Refusal(
         _of_model(lambda m: m.dtype not in SERVED_DTYPES and str(m.dtype).removeprefix("torch.")),
@@ -152,7 +217,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         _of_model(lambda m: m.enable_prompt_embeds), "prompts given as embeddings", "remove --enable-prompt-embeds"
     ),
-    Refusal(_of_model(lambda m: m.enable_sleep_mode), "sleep mode", "remove --enable-sleep-mode"),
     Refusal(_of_model(lambda m: m.enable_trace_replay), "trace replay", "remove --enable-trace-replay"),
     Refusal(_of_model(lambda m: m.return_sampling_mask), "returned sampling masks", "remove --return-sampling-mask"),
     Refusal(
@@ -169,13 +233,35 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+def _refused_flags(config: "VllmConfig") -> list[str]:
+    """What is wrong with flags that need no more than a look at their value. Empty and zero values ask for nothing."""
+    found = []
+    for name, (path, advice) in flags.REFUSED.items():
+        if path:
+            value, default = _value(config, path)
+            if value and value != default:
+                found.append(f"--{name.replace('_', '-')} ({value}): {advice}")
+    return found
+
+
+def warn_of_flags_without_effect(config: "VllmConfig") -> None:
+    """A flag that was set and changes nothing is named in the log."""
+    for name, (path, why) in flags.WITHOUT_EFFECT.items():
+        if path:
+            value, default = _value(config, path)
+            if value != default:
+                log_once(logger, logging.WARNING, "--%s has no effect: %s.", name.replace("_", "-"), why)
+
+
 def refuse_unserved(config: "VllmConfig") -> None:
     """Raise a ConfigError that names everything in the configuration that is not served, and what to do instead."""
     asked = ((refusal, refusal.asked(config)) for refusal in REFUSALS)
     found = [f"{refusal.what.format(value)}: {refusal.advice}" for refusal, value in asked if value]
+    found += _refused_flags(config)
     if found:
         raise ConfigError("tpu_inference does not serve this yet: " + "; ".join(found) + ".")
     TpuConfig.from_vllm(config)
+    warn_of_flags_without_effect(config)
     if config.model_config is not None:
         from tpu_inference.models.common.vllm_loader import implementation
 

@@ -16,6 +16,7 @@ from tpu_inference import envs, tpu_info
 from tpu_inference.compat import choose_start_method, grant_engine_shutdown_grace, loaded_logits_processors
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.platforms.checks import SERVED_DTYPES, refuse_unserved
+from tpu_inference.runner import metrics
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -125,7 +126,7 @@ class TpuPlatform(Platform):
 
     @classmethod
     def is_sleep_mode_available(cls) -> bool:
-        return False
+        return True
 
     @classmethod
     def support_hybrid_kv_cache(cls) -> bool:
@@ -171,6 +172,7 @@ class TpuPlatform(Platform):
 
         _log_device()  # not earlier: vLLM has set up its logging only now
         refuse_unserved(vllm_config)
+        metrics.expose()
         grant_engine_shutdown_grace()
         choose_start_method()
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
@@ -178,6 +180,9 @@ class TpuPlatform(Platform):
             _change(parallel, "worker_cls", WORKER, "the worker of this platform")
         _change(parallel, "distributed_executor_backend", "uni", "one process drives all devices of a host")
         _change(parallel, "disable_custom_all_reduce", True, "XLA does collectives")
+        if vllm_config.profiler_config.profiler:
+            why = "a torch profile of the API server would have no bounds"
+            _change(vllm_config.profiler_config, "ignore_frontend", True, why)
         _change(compilation, "mode", CompilationMode.NONE, "JAX compiles, not torch")
         _change(compilation, "cudagraph_mode", CUDAGraphMode.NONE, "there is no CUDA graph")
         cache, model = vllm_config.cache_config, vllm_config.model_config

@@ -73,6 +73,8 @@ class CompilationManager:
         self._serving = False
         self._cache_hits = 0
         self.compiled_while_serving: list[str] = []
+        self.late_compiles = 0
+        """Programs that steps have waited for."""
         self._watched_thread: int | None = None
         self._background: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -168,6 +170,7 @@ class CompilationManager:
         return program
 
     def _compile_late(self, case: CompileCase) -> Any:
+        self.late_compiles += 1
         known = sorted(str(bucket) for name, bucket in self._programs if name == case.name)
         if self._serving and known:
             shapes = [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(case.args[-1])]
@@ -195,6 +198,7 @@ class CompilationManager:
             self._watched_thread = None
         if self.compiled_while_serving:
             names, self.compiled_while_serving = self.compiled_while_serving, []
+            self.late_compiles += len(names)
             message = f"compiled while serving: {', '.join(names)}"
             if self._strict:
                 raise RecompilationError(message)

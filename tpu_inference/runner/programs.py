@@ -101,7 +101,7 @@ class StepPrograms:
         logprobs_mode: str = "raw_logprobs",
         host_processors: bool = False,
     ) -> None:
-        """`kv_cache` is abstract; `hidden` gives width and dtype of the hidden states.
+        """`kv_cache` is abstract, and so are the model's parameters; `hidden` gives width and dtype of the hidden states.
 
         `max_logprobs` and `logprobs_mode` are vLLM's. `host_processors`: some logits are changed on the host, which needs to see them.
         """
@@ -115,6 +115,16 @@ class StepPrograms:
         self._everywhere = named_sharding(mesh, ())
         # Logits stay where the head's product leaves them: to gather them would cost more than all else between two layers and a token.
         self._by_vocab = sharding_where_it_divides(mesh, (None, "vocab"), (1, model.vocab_size))
+
+    @property
+    def abstract_params(self) -> Any:
+        """Shapes and shardings of the parameters."""
+        return self._model.params
+
+    @property
+    def abstract_kv_cache(self) -> KVCache:
+        """Shapes and shardings of the cache."""
+        return self._kv_cache
 
     def sizes(self, bucket: Bucket) -> Sizes:
         """Dimension sizes of `StepInputs` in a bucket."""

@@ -2,6 +2,8 @@
 """The model runner: what vLLM scheduled becomes one step on the device. Orchestration only."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from time import perf_counter
 
 import jax
 import numpy as np
@@ -31,9 +33,11 @@ from tpu_inference.runner.kv_cache_manager import (
     uniform_layout,
 )
 from tpu_inference.runner.logits_processors import HostProcessors
+from tpu_inference.runner.metrics import StepMetrics
 from tpu_inference.runner.programs import StepPrograms
 from tpu_inference.runner.prompt_logprobs import PromptLogprobs
 from tpu_inference.runner.requests import RequestStates
+from tpu_inference.runner.residence import Residence, abstract
 from tpu_inference.runner.sampler import PendingStep, Sampler
 
 logger = init_logger(__name__)
@@ -60,7 +64,11 @@ class TPUModelRunner:
         self._is_ready: Callable[[Bucket], bool] = lambda _: True
         # Not `model`: vLLM takes an attribute of that name for a torch module.
         self.functions: ModelFunctions
-        self.kv_cache: KVCache
+        self.kv_cache: KVCache | None
+        self.residence = Residence(self)
+        self.metrics = StepMetrics(self.model_config.served_model_name, vllm_config.parallel_config.data_parallel_index)
+        self.metrics.weights_version(self.residence.version)
+        self._host_seconds = 0.0
         self._pending: PendingStep | None = None
         self.host_processors = HostProcessors(vllm_config)
 
@@ -83,7 +91,7 @@ class TPUModelRunner:
     def make_programs(self, layout: KVCacheLayout, num_groups: int) -> StepPrograms:
         """The programs over a KV cache of this layout, none of them compiled yet."""
         return StepPrograms(
-            self.functions,
+            replace(self.functions, params=abstract(self.functions.params)),
             self.plan,
             self.mesh,
             self.compilation,
@@ -171,15 +179,19 @@ class TPUModelRunner:
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run the step up to the logits; `sample_tokens` takes them on. A step without tokens ends here."""
+        start = perf_counter()
         if self._pending is not None:
             raise TpuInferenceError("execute_model was called twice without sample_tokens in between")
         states = self.states
         states.apply(scheduler_output)
         if not scheduler_output.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
+        if self.functions.params is None or self.kv_cache is None:
+            raise TpuInferenceError(self.residence.why_absent())
         with self.compilation.watch():
             self.sampler.follow()
             self._pending = self._forward(InputBatch.build(states, scheduler_output.num_scheduled_tokens))
+        self._host_seconds = perf_counter() - start
         return None
 
     def _forward(self, batch: InputBatch) -> PendingStep:
@@ -195,8 +207,13 @@ class TPUModelRunner:
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncOutput:
         """Sample from the pending step's logits; the result is on its way to the host when this returns."""
+        start = perf_counter()
         step, self._pending = self._pending, None
         if step is None:
             raise TpuInferenceError("sample_tokens was called without a step to sample from")
         with self.compilation.watch():
-            return self.sampler(step, grammar_output)
+            output = self.sampler(step, grammar_output)
+        tokens, host_seconds = step.batch.total_tokens, self._host_seconds + perf_counter() - start
+        self.metrics.step(step.bucket, tokens, step.bucket.tokens - tokens, host_seconds)
+        self.metrics.recompiles(self.compilation.late_compiles)
+        return output

@@ -11,6 +11,7 @@ import jax
 import psutil
 import torch
 from vllm.config import VllmConfig
+from vllm.config.profiler import validate_profile_prefix
 from vllm.tasks import SupportedTask
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -26,12 +27,16 @@ from tpu_inference.runner.compile_cache import enable_compile_cache
 from tpu_inference.runner.startup_report import Phase, StartupReport
 from tpu_inference.runner.tpu_runner import TPUModelRunner
 from tpu_inference.tpu_info import detect
+from tpu_inference.worker.health import DeviceProbe, Watchdog
 from tpu_inference.worker.memory import kv_cache_budget
+from tpu_inference.worker.profiler import Profiler
 
 logger = init_logger(__name__)
 
 KV_CACHE_LAYOUT = "LBNHC"
 """vLLM's name for layer-outermost pages; the order inside a page is ours."""
+
+NO_LORA = "LoRA adapters are not served by tpu_inference: merge the adapter into the checkpoint and load that."
 
 
 def _bytes_of(tree: Any) -> int:
@@ -55,6 +60,7 @@ class TPUWorker(WorkerBase):
         self.report = StartupReport()
         self.report.phases.append(Phase("imports and engine", time.time() - psutil.Process().create_time()))
         self.model_runner: TPUModelRunner
+        self.watchdog: Watchdog | None = None
 
     # Start-up, in the order that vLLM calls.
 
@@ -73,6 +79,8 @@ class TPUWorker(WorkerBase):
             self.devices = list(self.mesh.devices.flat)
             phase.note = f"{len(self.devices)} x {self.devices[0].device_kind}"
         self.model_runner = TPUModelRunner(self.vllm_config, self.mesh, on_tpu=detection.platform == "tpu")
+        self.probe = DeviceProbe(self.devices)
+        self.profiler = Profiler(self.vllm_config.profiler_config, self.synchronize_device)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with self.report.phase("weights") as phase:
@@ -111,6 +119,9 @@ class TPUWorker(WorkerBase):
             phase.note = f"{done.programs} programs, {done.cached} from the cache" if done.programs else "skipped"
             if done.in_background:
                 phase.note += f"; {done.in_background} more while serving"
+        if Watchdog.is_wanted(interval := envs.TPU_HEALTH_TIMEOUT):
+            self.watchdog = Watchdog(self.probe, interval)
+            self.watchdog.start()
         slow = ", ".join(f"{name} {seconds:.1f} s" for seconds, name in done.slowest)
         logger.info("Start-up:\n%s%s", self.report.render(), f"\nslowest to compile: {slow}" if slow else "")
         return CompilationTimes(language_model=done.seconds, encoder=0.0)
@@ -124,7 +135,10 @@ class TPUWorker(WorkerBase):
         return self.model_runner.execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput | AsyncModelRunnerOutput:
-        return self.model_runner.sample_tokens(grammar_output)
+        output = self.model_runner.sample_tokens(grammar_output)
+        if self.profiler.active:
+            self.profiler.step_done()
+        return output
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         return None
@@ -141,6 +155,10 @@ class TPUWorker(WorkerBase):
         """vLLM walks the modules of what it gets here when an engine goes: there are none, the weights are JAX's."""
         return torch.nn.Module()
 
+    def check_health(self) -> None:
+        """Raises TpuInferenceError where a device does not answer in TPU_HEALTH_TIMEOUT seconds (60 where that is 0)."""
+        self.probe.ask(envs.TPU_HEALTH_TIMEOUT or 60)
+
     def profile(
         self,
         is_start: bool = True,
@@ -150,21 +168,52 @@ class TPUWorker(WorkerBase):
         max_iterations: int | None = None,
     ) -> None:
         """A JAX profiler trace (for TensorBoard or XProf) in the directory that vLLM's profiler config names."""
-        config = self.vllm_config.profiler_config
-        directory = config.torch_profiler_dir if config is not None else None
-        if not directory:
-            raise TpuInferenceError("Profiling needs --profiler-config.torch_profiler_dir=DIRECTORY for the trace.")
-        if delay_iterations or max_iterations:
-            raise TpuInferenceError(
-                "delay_iterations and max_iterations are not served: start and stop the profile instead."
-            )
         if is_start:
-            jax.profiler.start_trace(f"{directory}/{profile_prefix}" if profile_prefix else directory)
+            self.profiler.start(validate_profile_prefix(profile_prefix), delay_iterations, max_iterations)
         else:
-            jax.profiler.stop_trace()
+            self.profiler.stop()
+
+    def sleep(self, level: int = 1) -> None:
+        self.model_runner.residence.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self.model_runner.residence.wake_up(tags)
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        self.model_runner.residence.discard(tags)
+
+    def reload_weights(self, weights_path: str | None = None) -> dict[str, Any]:
+        """Replace the weights in place by those of another checkpoint of the model; see `Residence.reload`."""
+        return self.model_runner.residence.reload(weights_path)
+
+    def weights_info(self) -> dict[str, Any]:
+        """{"version": whole number from 1, "source": checkpoint}"""
+        return self.model_runner.residence.info()
+
+    def compute_weight_checksums(self) -> dict[str, str]:
+        """Name of each parameter -> SHA-256, which vLLM's `/weight_checker` compares."""
+        return self.model_runner.residence.checksums()
+
+    def add_lora(self, lora_request: Any) -> bool:
+        raise TpuInferenceError(NO_LORA)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        raise TpuInferenceError(NO_LORA)
+
+    def pin_lora(self, lora_id: int) -> bool:
+        raise TpuInferenceError(NO_LORA)
+
+    def list_loras(self) -> set[int]:
+        """None can be loaded."""
+        return set()
+
+    def reset_encoder_cache(self) -> None:
+        """There is no encoder, hence no cache of one: multimodal input is refused."""
 
     def shutdown(self) -> None:
         """Nothing outlives the process; arrays go with the runner."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
         if runner := self.__dict__.pop("model_runner", None):
             runner.shutdown()
 

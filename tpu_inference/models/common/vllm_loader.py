@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the model that a VllmConfig names."""
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -15,7 +19,7 @@ from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.weights import map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
 from tpu_inference.logger import init_logger
-from tpu_inference.models.common.checkpoint import Checkpoint
+from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.models.common.loader import check_tensors, load_params, model_functions
 from tpu_inference.models.common.registry import Implementation, choose_implementation, model_class
@@ -83,13 +87,71 @@ def abstract_model(vllm_config: VllmConfig, mesh: Mesh) -> ModelFunctions:
 
 
 def _load_jax_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> ModelFunctions:
-    load_config = vllm_config.load_config
     module = build_model(vllm_config, mesh)
     specs, _, _ = pure_functions(module)
-    checkpoint = None
-    if not dummy:
-        checkpoint = Checkpoint(weight_files(vllm_config.model_config, load_config))
-        names = module.cfg.names
-        check_tensors(checkpoint, specs, tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None)
-    params = load_params(specs, checkpoint, mesh, progress=load_config.use_tqdm_on_load)
+    checkpoint = None if dummy else _checked_checkpoint(vllm_config, module)
+    params = load_params(specs, checkpoint, mesh, progress=vllm_config.load_config.use_tqdm_on_load)
     return model_functions(module, params, mesh)
+
+
+def _checked_checkpoint(vllm_config: VllmConfig, module: Decoder) -> Checkpoint:
+    """The checkpoint, which has what `module` reads and nothing else; CheckpointError where it does not."""
+    checkpoint, names = _checkpoint(vllm_config), module.cfg.names
+    specs, _, _ = pure_functions(module)
+    check_tensors(checkpoint, specs, tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None)
+    return checkpoint
+
+
+def _checkpoint(vllm_config: VllmConfig) -> Checkpoint:
+    return Checkpoint(weight_files(vllm_config.model_config, vllm_config.load_config))
+
+
+def reload_params(vllm_config: VllmConfig, mesh: Mesh, source: str, let_go: Callable[[], None]) -> Any:
+    """The parameters of the checkpoint `source`, for the model of `vllm_config`; `let_go` frees the old ones, once it is known that these fit.
+
+    Raises:
+        CheckpointError: every tensor that is missing, left over or of another shape, and every file that cannot be read; `let_go` was not called.
+    """
+    new = copy.copy(vllm_config)
+    new.model_config, new.load_config = copy.copy(vllm_config.model_config), copy.copy(vllm_config.load_config)
+    new.model_config.model = new.model_config.model_weights = source
+    if new.load_config.load_format == "dummy":
+        new.load_config.load_format = "auto"
+    if implementation(vllm_config).kind == "flax_nnx":
+        module = build_model(vllm_config, mesh)
+        checkpoint = _checked_checkpoint(new, module)
+        let_go()
+        return load_params(pure_functions(module)[0], checkpoint, mesh, progress=False)
+    if vllm_config.load_config.load_format == "dummy":
+        raise TpuInferenceError(
+            "A PyTorch model that started with dummy weights cannot be reloaded: start it from a checkpoint."
+        )
+    # vLLM's loaders stop at the first tensor that does not fit, and only when they come to it.
+    _refuse_other_tensors(_checkpoint(new), _checkpoint(vllm_config))
+    let_go()
+    with _layers_kept(vllm_config):
+        return import_module(PYTORCH).load_vllm_model(new, mesh, dummy=False).params
+
+
+def _refuse_other_tensors(new: Checkpoint, old: Checkpoint) -> None:
+    problems = [f"missing: {name} {list(shape)}" for name, shape in old.shapes.items() if name not in new.shapes]
+    problems += [
+        f"mis-shaped: {name} is {list(shape)}, and {list(old.shapes[name])} in {old.where}"
+        for name, shape in new.shapes.items()
+        if shape != old.shapes.get(name, shape)
+    ]
+    problems += [f"left over: {name} {list(shape)}" for name, shape in new.shapes.items() if name not in old.shapes]
+    if problems:
+        raise CheckpointError(new.where, problems)
+
+
+@contextmanager
+def _layers_kept(vllm_config: VllmConfig) -> Iterator[None]:
+    """vLLM's table of attention layers stays that of the model that serves, whatever is built inside."""
+    table = vllm_config.compilation_config.static_forward_context
+    kept = dict(table)
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(kept)
