@@ -17,6 +17,7 @@ from helpers.server import Server, wait_until
 CLIENTS = 16
 CANARY_EVERY = 50
 CANARY = dict(prompt="Once upon a time", max_tokens=12)
+REJECTED = "grammar rejected tokens"
 LEAK_BYTES = 128 * 2**20
 """What the server may hold more after the second half of a campaign than after the first: caches of grammars, arenas of the allocator."""
 KNOWN = json.loads((Path(__file__).parent / "known_errors.json").read_text())
@@ -123,6 +124,11 @@ class Campaign:
             # The frame of a refusal is ours, and what it raises is vLLM's own kind of error for a 400.
             if frames and not all("platforms/" in name for name, _ in frames):
                 self._fail(f"a traceback passes through tpu_inference:\n{traceback[-3000:]}")
+
+        # Each error laid to a grammar is one that vLLM's scheduler has told of.
+        told, laid = self._server.log.count(REJECTED), sum(n for frame, n in self.report.known.items() if REJECTED in frame)
+        if laid > told:
+            self._fail(f"{laid} errors were laid to grammars, and the log tells of {told}")
 
     def _fail(self, text: str) -> None:
         self.report.failures.append(text)
