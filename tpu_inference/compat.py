@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of what vLLM and torch do not promise to keep. Verified with vLLM 0.32.0 and torch 2.13.
+"""Every touch of what vLLM, torch and JAX do not promise to keep. Verified with vLLM 0.32.0, torch 2.13 and JAX 0.10.2.
 
 | what | where | why | until |
 |---|---|---|---|
@@ -15,6 +15,7 @@
 | one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
 | `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
 | loading of custom logits processors | `custom_logits_processors` | vLLM drops them silently for TPU; the runner serves them | a platform can say that it does |
+| `get_file_cache` of JAX's compilation cache wrapped | `use_jax_cache` | its entries are written in place, read unchecked and never replaced | JAX takes a cache of one's own |
 | `ThinkingBudgetStateHolder`, one a request | `thinking_budget_state` | the state behind `thinking_token_budget` is part of vLLM's own sampler | it is public |
 """
 
@@ -24,7 +25,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -181,6 +182,26 @@ def import_torchax() -> ModuleType:
         # It warns of every `.data`, which vLLM's norms read.
         logging.getLogger("torchax.tensor").setLevel(logging.ERROR)
     return sys.modules["torchax"]
+
+
+def jax_cache_interface() -> type:
+    """The base class of what JAX keeps compiled programs in: `get(key)`, `put(key, value)` and `_path`."""
+    from jax._src.compilation_cache_interface import CacheInterface
+
+    return CacheInterface
+
+
+def use_jax_cache(path: str, make: Callable[[str], Any]) -> None:
+    """Let JAX's compilation cache be `make(path)` wherever its directory is `path`."""
+    from jax._src import compilation_cache
+
+    original = getattr(compilation_cache.get_file_cache, "of_jax", compilation_cache.get_file_cache)
+
+    def get_file_cache(asked: str) -> Any:
+        return (make(asked), asked) if asked == path else original(asked)
+
+    get_file_cache.of_jax = original  # type: ignore[attr-defined]
+    compilation_cache.get_file_cache = get_file_cache
 
 
 @cache
