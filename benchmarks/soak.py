@@ -27,7 +27,16 @@ from helpers.server import TELLING, Server, server, wait_until
 
 CSV = RESULTS / "soak.csv"
 PROBE = dict(prompt="Once upon a time", max_tokens=32)
-COLUMNS = ("seconds", "api_server_mib", "engine_mib", "tokens_per_s", "requests_per_s", "p50_ms", "p99_ms", "preemptions")
+COLUMNS = (
+    "seconds",
+    "api_server_mib",
+    "engine_mib",
+    "tokens_per_s",
+    "requests_per_s",
+    "p50_ms",
+    "p99_ms",
+    "preemptions",
+)
 MIB = 2**20
 
 
@@ -52,7 +61,9 @@ class Load:
         self.statuses: Counter[int] = Counter()
         self.problems: list[str] = []
         self.latencies: list[float] = []
-        self._threads = [threading.Thread(target=self._client) for _ in range(clients)] + [threading.Thread(target=self._probe)]
+        self._threads = [threading.Thread(target=self._client) for _ in range(clients)] + [
+            threading.Thread(target=self._probe)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -91,7 +102,11 @@ def sample(target: Server, load: Load, start: float, before: dict[str, float]) -
     memory = {"api": 0.0, "engine": 0.0}
     for process in target.processes():
         memory["engine" if "EngineCore" in process.name() else "api"] += process.memory_full_info().uss / MIB
-    counters = {"seconds": now, "tokens": target.metric("vllm:generation_tokens_total"), "requests": float(load.statuses.total())}
+    counters = {
+        "seconds": now,
+        "tokens": target.metric("vllm:generation_tokens_total"),
+        "requests": float(load.statuses.total()),
+    }
     passed = {name: value - before.get(name, 0.0) for name, value in counters.items()}
     before.update(counters)
     cuts = quantiles(latencies, n=100) if len(latencies) > 1 else [float("nan")] * 99
@@ -104,7 +119,10 @@ def sample(target: Server, load: Load, start: float, before: dict[str, float]) -
 
 def run(args: argparse.Namespace) -> None:
     rows: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as directory, server(Path(directory) / "log", *TELLING.args, env=TELLING.env) as target:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        server(Path(directory) / "log", *TELLING.args, env=TELLING.env) as target,
+    ):
         load, start = Load(target, args.clients, args.seed), time.monotonic()
         before: dict[str, float] = {"seconds": 0.0, "tokens": target.metric("vllm:generation_tokens_total")}
         try:
@@ -131,7 +149,12 @@ def render(rows: list[dict[str, float]], load: Load, left: dict[str, int]) -> st
     def between(first: float, last: float) -> list[dict[str, float]]:
         return [row for row in rows if first * end <= row["seconds"] <= last * end]
 
-    parts = {"first sixth": between(0, 1 / 6), "second": between(1 / 6, 1 / 3), "middle third": between(1 / 3, 2 / 3), "last sixth": between(5 / 6, 1)}
+    parts = {
+        "first sixth": between(0, 1 / 6),
+        "second": between(1 / 6, 1 / 3),
+        "middle third": between(1 / 3, 2 / 3),
+        "last sixth": between(5 / 6, 1),
+    }
     shown = [name for name in COLUMNS if name not in ("seconds", "preemptions")]
     lines = [[name, *(median(row[column] for row in part) for column in shown)] for name, part in parts.items()]
     statuses = ", ".join(f"{status or 'client gone'}: {count}" for status, count in sorted(load.statuses.items()))
@@ -139,9 +162,9 @@ def render(rows: list[dict[str, float]], load: Load, left: dict[str, int]) -> st
         [
             "# Soak",
             machine_line(),
-            f"{end / 60:.1f} minutes of the fuzzer's requests (`tests/fuzz`: valid, hostile, streamed, abandoned) from {len(load._threads) - 1} clients, and a probe "
-            f"of {PROBE['max_tokens']} greedy tokens, which is what the latencies are of. The demo model on the CPU backend, a KV cache for three requests of the longest "
-            "kind. Memory is what each process holds for itself (USS). Medians over the samples of a part:",
+            f"{end / 60:.1f} minutes of the fuzzer's requests (`tests/fuzz`: valid, hostile, streamed, abandoned) from {len(load._threads) - 1} clients, "
+            f"and a probe of {PROBE['max_tokens']} greedy tokens, which is what the latencies are of. The demo model on the CPU backend, a KV cache for "
+            "three requests of the longest kind. Memory is what each process holds for itself (USS). Medians over the samples of a part:",
             table(["", *shown], lines),
             f"- Requests by status: {statuses}\n"
             f"- Preemptions: {rows[-1]['preemptions']:.0f}\n"
@@ -163,7 +186,11 @@ def plot() -> None:
     with CSV.open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     minutes = [row["seconds"] / 60 for row in rows]
-    panels = (("MiB", ("engine_mib", "api_server_mib")), ("ms", ("p50_ms", "p99_ms")), ("a second", ("tokens_per_s", "requests_per_s")))
+    panels = (
+        ("MiB", ("engine_mib", "api_server_mib")),
+        ("ms", ("p50_ms", "p99_ms")),
+        ("a second", ("tokens_per_s", "requests_per_s")),
+    )
     figure, axes = pyplot.subplots(len(panels), 1, sharex=True, figsize=(8, 7), layout="constrained")
     for axis, (unit, names) in zip(axes, panels, strict=True):
         for name in names:

@@ -32,6 +32,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from tpu_inference.errors import TpuInferenceError
 from tpu_inference.logger import init_logger
 
 logger = init_logger(__name__)
@@ -58,6 +59,17 @@ def weight_files(model_config: Any, load_config: Any) -> list[str]:
         model, None, model_config.revision, fall_back_to_pt=True, allow_patterns_overrides=None
     )
     return files
+
+
+def require_safetensors(model_config: Any, load_config: Any) -> None:
+    """Raise TpuInferenceError where vLLM would fall back to PyTorch files, which are pickles, though nobody has asked for them."""
+    files = weight_files(model_config, load_config)
+    others = sorted(os.path.basename(file) for file in files if not file.endswith(".safetensors"))
+    if others:
+        raise TpuInferenceError(
+            f"{model_config.model} has no safetensors, only PyTorch files ({', '.join(others[:4])}), which are pickles and read only when "
+            "asked for: use --load-format hf (also *.bin) or pt (*.pt), or convert the checkpoint."
+        )
 
 
 def declare_architecture(architecture: str) -> None:

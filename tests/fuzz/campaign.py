@@ -42,7 +42,11 @@ def known_error(asked: Request, problem: str) -> str | None:
     """The frame in vLLM that a 5xx is known to come from."""
     body = asked.body.decode("utf-8", "replace")
     for entry in KNOWN:
-        if re.search(entry["path"], asked.path) and re.search(entry["body"], body) and re.search(entry["answer"], problem):
+        if (
+            re.search(entry["path"], asked.path)
+            and re.search(entry["body"], body)
+            and re.search(entry["answer"], problem)
+        ):
             return str(entry["frame"])
     return None
 
@@ -79,7 +83,9 @@ class Campaign:
         with ThreadPoolExecutor(CLIENTS) as pool:
             for start in range(0, len(indices), CANARY_EVERY):
                 batch = [(i, request(self._seed, i)) for i in indices[start : start + CANARY_EVERY]]
-                for (i, asked), outcome in zip(batch, pool.map(lambda item: send(self._server.port, item[1]), batch), strict=True):
+                for (i, asked), outcome in zip(
+                    batch, pool.map(lambda item: send(self._server.port, item[1]), batch), strict=True
+                ):
                     self._judge(i, asked, outcome)
                 self._canary(f"after request {batch[-1][0]}")
 
@@ -93,7 +99,9 @@ class Campaign:
         if frame:
             self.report.known[frame] += 1
         else:
-            self._fail(f"request {index} ({asked.path}): {outcome.problem}\n    {reproduction(asked, self._seed, index)}")
+            self._fail(
+                f"request {index} ({asked.path}): {outcome.problem}\n    {reproduction(asked, self._seed, index)}"
+            )
 
     def _canary(self, when: str) -> None:
         self.report.canaries += 1
@@ -101,7 +109,10 @@ class Campaign:
             text = self._server.complete(**CANARY)["text"]
         except (OSError, AssertionError, ValueError) as error:
             code = self._server.process.poll()
-            raise AssertionError(f"the server does not serve any more {when} (exit status {code}): {error!r}\n" + self._server.log[-6000:]) from error
+            raise AssertionError(
+                f"the server does not serve any more {when} (exit status {code}): {error!r}\n"
+                + self._server.log[-6000:]
+            ) from error
         if text != self._expected:
             self._fail(f"the canary {when} is {text!r}, not {self._expected!r}")
 
@@ -119,14 +130,19 @@ class Campaign:
 
     def _check_log(self) -> None:
         """No traceback in the server's log passes through this package."""
-        for traceback in re.findall(r"Traceback \(most recent call last\):.*?(?=\n\S*(?:INFO|WARNING)|\Z)", self._server.log, re.DOTALL):
+        for traceback in re.findall(
+            r"Traceback \(most recent call last\):.*?(?=\n\S*(?:INFO|WARNING)|\Z)", self._server.log, re.DOTALL
+        ):
             frames = re.findall(r'File "(\S*/tpu_inference/\S+)", line (\d+)', traceback)
             # The frame of a refusal is ours, and what it raises is vLLM's own kind of error for a 400.
             if frames and not all("platforms/" in name for name, _ in frames):
                 self._fail(f"a traceback passes through tpu_inference:\n{traceback[-3000:]}")
 
         # Each error laid to a grammar is one that vLLM's scheduler has told of.
-        told, laid = self._server.log.count(REJECTED), sum(n for frame, n in self.report.known.items() if REJECTED in frame)
+        told, laid = (
+            self._server.log.count(REJECTED),
+            sum(n for frame, n in self.report.known.items() if REJECTED in frame),
+        )
         if laid > told:
             self._fail(f"{laid} errors were laid to grammars, and the log tells of {told}")
 

@@ -88,7 +88,11 @@ def _stream_problem(text: str) -> str | None:
         if isinstance(error, dict) and int(error.get("code") or 0) >= 500:
             return f"an error {error['code']} in the stream: {event[:300]}"
     # Anthropic's and Responses' streams name their last event; the others end with [DONE].
-    return None if events and (events[-1] == "[DONE]" or '"type"' in events[-1]) else f"the stream has no end: {text[-200:]}"
+    return (
+        None
+        if events and (events[-1] == "[DONE]" or '"type"' in events[-1])
+        else f"the stream has no end: {text[-200:]}"
+    )
 
 
 def reason_of(answer: Any) -> str:

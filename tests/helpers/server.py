@@ -46,6 +46,7 @@ TELLING = Options(
     ("--worker-extension-cls", "helpers.live_state.LiveState", "--num-gpu-blocks-override", "49"),
     {
         "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_MAX_N_SEQUENCES": "8",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))),
     },
 )

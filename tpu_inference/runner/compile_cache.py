@@ -51,7 +51,9 @@ class CheckedCache(jax_cache_interface()):  # type: ignore[misc]
         digest, value = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
         if digest == _digest(value):
             return value
-        logger.warning("The compile cache entry %s is damaged: that program is compiled again, and the entry replaced.", file)
+        logger.warning(
+            "The compile cache entry %s is damaged: that program is compiled again, and the entry replaced.", file
+        )
         file.unlink(missing_ok=True)
         return None
 
