@@ -54,7 +54,7 @@ class Load:
     """Clients and a probe, in threads, and what they count."""
 
     def __init__(self, target: Server, clients: int, seed: int) -> None:
-        self._server, self._seed = target, seed
+        self._server, self._seed, self.clients = target, seed, clients
         self._numbers, self._lock = itertools.count(), threading.Lock()
         self._stop = threading.Event()
         self._expected = target.complete(**PROBE)["text"]
@@ -162,8 +162,8 @@ def render(rows: list[dict[str, float]], load: Load, left: dict[str, int]) -> st
         [
             "# Soak",
             machine_line(),
-            f"{end / 60:.1f} minutes of the fuzzer's requests (`tests/fuzz`: valid, hostile, streamed, abandoned) from {len(load._threads) - 1} clients, "
-            f"and a probe of {PROBE['max_tokens']} greedy tokens, which is what the latencies are of. The demo model on the CPU backend, a KV cache for "
+            f"{end / 60:.1f} minutes of the fuzzer's requests (`tests/fuzz`: valid, hostile, streamed, abandoned) from {load.clients} clients, and a "
+            f"probe of {PROBE['max_tokens']} greedy tokens, which is what the latencies are of. The demo model on the CPU backend, a KV cache for "
             "three requests of the longest kind. Memory is what each process holds for itself (USS). Medians over the samples of a part:",
             table(["", *shown], lines),
             f"- Requests by status: {statuses}\n"
