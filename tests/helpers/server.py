@@ -32,6 +32,8 @@ ARGS = (
 # What tests/conftest.py sets for engines inside the tests' own process.
 FOR_IN_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "XLA_FLAGS")
 READY_S = 180
+ANSWER_S = 180
+"""An overloaded server answers in the end."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Server:
 
     def connect(self, method: str, path: str, body: Any = None) -> HTTPConnection:
         """A connection whose response is still to be read."""
-        connection = HTTPConnection(HOST, self.port, timeout=60)
+        connection = HTTPConnection(HOST, self.port, timeout=ANSWER_S)
         payload = None if body is None else json.dumps(body)
         connection.request(method, path, payload, {"Content-Type": "application/json"})
         return connection
