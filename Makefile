@@ -10,7 +10,7 @@ INSTALL := bash scripts/install.sh
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format docs ci clean
+.PHONY: help install demo serve test fuzz lint format docs ci clean
 
 help: ## Show this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -31,6 +31,12 @@ test: ## Run the tests: the quick ones, then those marked slow
 	@$(INSTALL) --dev
 	$(BIN)/python -m pytest -q $(ARGS)
 	$(BIN)/python -m pytest -q -m slow $(ARGS) || [ $$? -eq 5 ]
+
+N ?= 1000
+SEED ?= 0
+fuzz: ## Send a server hostile requests: make fuzz N=10000 SEED=1, or ONLY=17 for one of them
+	@$(INSTALL) --dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz -n $(N) --seed $(SEED) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 lint: ## Check style, import ladder and types
 	@$(INSTALL) --dev

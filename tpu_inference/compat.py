@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch of what vLLM and torch do not promise to keep. Verified with vLLM 0.32.0 and torch 2.13.
+"""Every touch of what vLLM, torch and JAX do not promise to keep. Verified with vLLM 0.32.0, torch 2.13 and JAX 0.10.2.
 
 | what | where | why | until |
 |---|---|---|---|
@@ -17,6 +17,7 @@
 | loading of custom logits processors | `custom_logits_processors` | vLLM drops them silently for TPU; the runner serves them | a platform can say that it does |
 | `prometheus_client.mmap_dict` | `MetricFile` | the engine's metrics, in the files that prometheus_client's public collector reads | it has a writer that is not chosen by a variable at import |
 | `ProfilerSession` of jaxlib | `start_trace`, `stop_trace`, `write_trace` | `jax.profiler.stop_trace` writes whatever size the trace has; here it is known before | JAX can limit a trace |
+| `get_file_cache` of JAX's compilation cache wrapped | `use_jax_cache` | its entries are written in place, read unchecked and never replaced | JAX takes a cache of one's own |
 | `ThinkingBudgetStateHolder`, one a request | `thinking_budget_state` | the state behind `thinking_token_budget` is part of vLLM's own sampler | it is public |
 """
 
@@ -26,13 +27,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from tpu_inference.errors import TpuInferenceError
 from tpu_inference.logger import init_logger
 
 logger = init_logger(__name__)
@@ -59,6 +61,17 @@ def weight_files(model_config: Any, load_config: Any) -> list[str]:
         model, None, model_config.revision, fall_back_to_pt=True, allow_patterns_overrides=None
     )
     return files
+
+
+def require_safetensors(model_config: Any, load_config: Any) -> None:
+    """Raise TpuInferenceError where vLLM would fall back to PyTorch files, which are pickles, though nobody has asked for them."""
+    files = weight_files(model_config, load_config)
+    others = sorted(os.path.basename(file) for file in files if not file.endswith(".safetensors"))
+    if others:
+        raise TpuInferenceError(
+            f"{model_config.model} has no safetensors, only PyTorch files ({', '.join(others[:4])}), which are pickles and read only when "
+            "asked for: use --load-format hf (also *.bin) or pt (*.pt), or convert the checkpoint."
+        )
 
 
 def declare_architecture(architecture: str) -> None:
@@ -183,6 +196,26 @@ def import_torchax() -> ModuleType:
         # It warns of every `.data`, which vLLM's norms read.
         logging.getLogger("torchax.tensor").setLevel(logging.ERROR)
     return sys.modules["torchax"]
+
+
+def jax_cache_interface() -> type:
+    """The base class of what JAX keeps compiled programs in: `get(key)`, `put(key, value)` and `_path`."""
+    from jax._src.compilation_cache_interface import CacheInterface
+
+    return CacheInterface
+
+
+def use_jax_cache(path: str, make: Callable[[str], Any]) -> None:
+    """Let JAX's compilation cache be `make(path)` wherever its directory is `path`."""
+    from jax._src import compilation_cache
+
+    original = getattr(compilation_cache.get_file_cache, "of_jax", compilation_cache.get_file_cache)
+
+    def get_file_cache(asked: str) -> Any:
+        return (make(asked), asked) if asked == path else original(asked)
+
+    get_file_cache.of_jax = original  # type: ignore[attr-defined]
+    compilation_cache.get_file_cache = get_file_cache
 
 
 @cache

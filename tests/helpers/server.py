@@ -9,11 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tpu_inference.demo import MODEL
 
@@ -29,6 +32,27 @@ ARGS = (
 # What tests/conftest.py sets for engines inside the tests' own process.
 FOR_IN_PROCESS = ("VLLM_ENABLE_V1_MULTIPROCESSING", "XLA_FLAGS")
 READY_S = 180
+ANSWER_S = 180
+"""An overloaded server answers in the end."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments and environment of a server."""
+
+    args: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+TELLING = Options(
+    ("--worker-extension-cls", "helpers.live_state.LiveState", "--num-gpu-blocks-override", "49"),
+    {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_MAX_N_SEQUENCES": "8",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))),
+    },
+)
+"""A server that tells what it still holds (`Server.live_state`), with a KV cache for three requests of the longest kind."""
 
 
 def free_port() -> int:
@@ -49,10 +73,17 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 class Server:
     """A started server, perhaps not listening yet."""
 
-    def __init__(self, log: Path, *args: str, port: int | None = None, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *args: str,
+        port: int | None = None,
+        cache: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = port or free_port()
         self._log = log
-        env = {name: value for name, value in os.environ.items() if name not in FOR_IN_PROCESS}
+        env = {name: value for name, value in os.environ.items() if name not in FOR_IN_PROCESS} | dict(env or {})
         if cache is not None:
             env["VLLM_XLA_CACHE_PATH"] = str(cache)
         command = [str(Path(sys.executable).parent / "vllm"), "serve", MODEL, *ARGS, "--port", str(self.port), *args]
@@ -79,7 +110,7 @@ class Server:
 
     def connect(self, method: str, path: str, body: Any = None) -> HTTPConnection:
         """A connection whose response is still to be read."""
-        connection = HTTPConnection(HOST, self.port, timeout=60)
+        connection = HTTPConnection(HOST, self.port, timeout=ANSWER_S)
         payload = None if body is None else json.dumps(body)
         connection.request(method, path, payload, {"Content-Type": "application/json"})
         return connection
@@ -129,6 +160,27 @@ class Server:
         assert samples, f"/metrics has no {name}"
         wanted = [f'{label}="{value}"' for label, value in labels.items()]
         return sum(float(value) for found, value in samples if all(label in found for label in wanted))
+
+    def is_idle(self) -> bool:
+        """Whether no request runs or waits, and no block of the KV cache is used."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        return not any(self.metric(f"vllm:{name}") for name in names)
+
+    def live_state(self) -> dict[str, int]:
+        """What the runner still knows of requests (helpers.live_state), of a server with the options TELLING."""
+        status, text = self._finish(self.connect("POST", "/collective_rpc", {"method": "live_state"}))
+        assert status == 200, text
+        (state,) = json.loads(text)["results"]
+        return state
+
+    def memory(self) -> int:
+        """Anonymous bytes of its processes: what they hold, without what is mapped from files."""
+        return sum(process.memory_full_info().uss for process in self.processes())
+
+    def processes(self) -> list[psutil.Process]:
+        """The API server and all that it started."""
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
 
     def alive(self) -> bool:
         """Whether any of its processes is left."""

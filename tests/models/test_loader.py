@@ -396,11 +396,13 @@ def test_load_model(llama):
     assert_same(model.params, expected)
 
 
-def test_load_model_of_torch_files_only(llama, tensors, tmp_path):
+def test_torch_files_are_loaded_when_asked_for_only(llama, tensors, tmp_path):
     shutil.copy(llama / "config.json", tmp_path)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    loaded = [vllm_loader.load_model(vllm_config(path), mesh_of(1)).params for path in (llama, tmp_path)]
-    assert_same(*loaded)
+    with pytest.raises(TpuInferenceError, match=r"no safetensors.*pytorch_model\.bin.*--load-format hf"):
+        vllm_loader.load_model(vllm_config(tmp_path), mesh_of(1))
+    asked = [vllm_config(llama), vllm_config(tmp_path, "hf")]
+    assert_same(*(vllm_loader.load_model(config, mesh_of(1)).params for config in asked))
 
 
 @pytest.mark.parametrize(("load_format", "dummy"), [("dummy", False), ("auto", True)])

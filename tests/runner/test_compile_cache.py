@@ -2,14 +2,19 @@
 """The persistent compile cache: used where it can be, one warning where it cannot."""
 
 import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tpu_inference.runner import compile_cache
-from tpu_inference.runner.compile_cache import enable_compile_cache
+from tpu_inference.runner.compile_cache import CheckedCache, enable_compile_cache
 
 OPTIONS = (
     "jax_enable_compilation_cache",
@@ -102,3 +107,88 @@ def test_a_usable_directory_after_an_unusable_one(tmp_path, warnings):
     assert enable_compile_cache(str(tmp_path / "file")) is None
     assert enable_compile_cache(str(tmp_path / "cache"))
     assert jax.config.jax_enable_compilation_cache
+
+
+# --------------------------------------------------------------------------------------------------------------- entries
+
+
+def compiled(factor):
+    """A new function's program, run: the persistent cache is asked each time."""
+    jax.clear_caches()
+    return float(jax.jit(lambda x: x * factor + 1).lower(np.float32(3)).compile()(np.float32(3)))
+
+
+def truncated(content):
+    return content[: len(content) // 2]
+
+
+def a_bit_flipped(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, a_bit_flipped, lambda _: b"", lambda _: b"nonsense" * 99])
+def test_a_damaged_entry_is_one_warning_and_replaced(damage, tmp_path, warnings):
+    path = Path(enable_compile_cache(str(tmp_path / "cache")))
+    assert compiled(5) == 16
+    (entry,) = path.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    assert compiled(5) == 16
+    assert len(warnings) == 1 and str(entry) in warnings[0] and "damaged" in warnings[0]
+    assert [file.name for file in path.iterdir()] == [entry.name], "it is there again, and nothing else"
+    assert compiled(5) == 16
+    assert len(warnings) == 1, "and it is whole"
+
+
+def test_an_entry_that_cannot_be_read(tmp_path, warnings):
+    path = Path(enable_compile_cache(str(tmp_path / "cache")))
+    assert compiled(7) == 22
+    (entry,) = path.iterdir()
+    entry.unlink()
+    entry.mkdir()
+    assert compiled(7) == 22
+    assert len(warnings) == 1 and "cannot be read" in warnings[0]
+
+
+FULL_DISK = """
+import resource, sys, warnings, logging
+import jax, numpy as np
+from tpu_inference.runner import compile_cache
+warnings.simplefilter("error")  # JAX's own warnings of a failing cache
+logged = []
+compile_cache.logger.warning = lambda message, *args: logged.append(message % args)
+compile_cache.enable_compile_cache(sys.argv[1])
+jax.jit(lambda x: x + 1).lower(np.float32(3)).compile()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))  # writes end in the middle, as on a full disk
+for k in range(4):
+    assert float(jax.jit(lambda x: x * k).lower(np.float32(3)).compile()(np.float32(3))) == 3 * k
+assert len(logged) == 1 and "cannot be written" in logged[0] and sys.argv[1] in logged[0], logged
+"""
+
+
+def test_a_disk_that_fills_up_is_one_warning(tmp_path):
+    """The kernel refuses to write on; programs are compiled and run, and no half entry is left."""
+    path = tmp_path / "cache"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [file.suffix for file in path.iterdir()] == [".program"]
+
+
+def test_writers_and_readers_of_one_directory(tmp_path, warnings):
+    """Nobody ever sees half an entry."""
+    value, seen = os.urandom(2**20), []
+
+    def work():
+        cache = CheckedCache(str(tmp_path))
+        for i in range(20):
+            cache.put(f"k{i}", value)
+            seen.append(cache.get(f"k{i}") == value)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(seen) and len(seen) == 120 and not warnings
+    assert {file.suffix for file in tmp_path.iterdir()} == {".program"} and len(list(tmp_path.iterdir())) == 20

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
@@ -92,6 +93,19 @@ def _refuse_values(params: SamplingParams) -> None:
         )
 
 
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=lambda _: None)
+
+
+def _refuse_unsendable(params: SamplingParams) -> None:
+    """Lone surrogates and integers beyond 64 bits are JSON, and no MessagePack, by which vLLM's front end sends them to the engine."""
+    try:
+        _ENCODER.encode(params)
+    except UnicodeEncodeError as error:
+        raise RequestError(f"a text in the request is not valid Unicode ({error.reason}).") from error
+    except (OverflowError, RecursionError) as error:
+        raise RequestError(f"a value in the request is out of range ({error}).") from error
+
+
 def _refuse_inputs(inputs: Any, vocab_size: int | None) -> None:
     if (kind := inputs["type"]) != "token":
         raise RequestError(f"a prompt of type {kind!r} is not supported: give text or token ids.", parameter="prompt")
@@ -114,6 +128,7 @@ def validate(
         raise RequestError("pooling requests are not supported: tpu_inference serves text generation.")
     _refuse_fields(params, bool(processors))
     _refuse_values(params)
+    _refuse_unsendable(params)
     _refuse_inputs(inputs, vocab_size)
     for processor in processors:
         try:

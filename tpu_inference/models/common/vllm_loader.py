@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from vllm.config import VllmConfig
 
 from tpu_inference import envs
-from tpu_inference.compat import weight_files
+from tpu_inference.compat import require_safetensors, weight_files
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.build import BuildContext
@@ -67,6 +67,8 @@ def load_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool = False) -> M
     if asked not in (formats := LOAD_FORMATS[chosen.kind]):
         by_vllm = " (vLLM's PyTorch class reads it: --model-impl vllm)" if asked in LOAD_FORMATS["vllm"] else ""
         raise TpuInferenceError(f"load_format={asked!r} is not served; use one of {', '.join(formats)}{by_vllm}.")
+    if asked == "auto" and not dummy:
+        require_safetensors(vllm_config.model_config, vllm_config.load_config)
     kind = "Flax NNX" if chosen.kind == "flax_nnx" else "vLLM's PyTorch class, lowered by torchax"
     logger.info("Serving %s with %s: %s", chosen.architecture, kind, chosen.why)
     load = _load_jax_model if chosen.kind == "flax_nnx" else import_module(PYTORCH).load_vllm_model
