@@ -15,7 +15,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from tpu_inference import envs, tpu_info
 from tpu_inference.compat import choose_start_method, grant_engine_shutdown_grace, loaded_logits_processors
 from tpu_inference.logger import init_logger, log_once
-from tpu_inference.platforms.checks import SERVED_DTYPES, refuse_unserved
+from tpu_inference.platforms.checks import SERVED_DTYPES, is_served, refuse_unserved
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -84,6 +84,11 @@ class TpuPlatform(Platform):
         return detection.chip.vllm_name if detection.chip else detection.platform
 
     @classmethod
+    def device_count(cls) -> int:
+        """Chips of this host; 1 on the CPU backend."""
+        return tpu_info.detect_once().num_chips or 1
+
+    @classmethod
     def get_device_uuid(cls, device_id: int = 0) -> str:
         return f"{cls.get_device_name(device_id)}-{device_id}"
 
@@ -142,7 +147,7 @@ class TpuPlatform(Platform):
     @classmethod
     def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
         """Raises ValueError for a dtype that is not served."""
-        if dtype not in SERVED_DTYPES:
+        if not is_served(dtype):
             raise ValueError(f"{dtype} is not served by tpu_inference: use --dtype bfloat16 or --dtype float32.")
 
     @classmethod

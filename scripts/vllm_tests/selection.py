@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of vLLM's tests run (selection.toml): files to look into, and what of them is not applicable, with why."""
+
+import tomllib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Selection:
+    files: tuple[str, ...]
+    """Globs below vLLM's sources."""
+    not_applicable: tuple[tuple[str, str], ...]
+    """(glob of a test id, or of a file, why)"""
+
+    @staticmethod
+    @lru_cache
+    def load() -> "Selection":
+        data = tomllib.loads((HERE / "selection.toml").read_text())
+        causes = data["causes"]
+        patterns = [
+            (f"tests/{pattern}", causes[key]) for key, listed in data["not_applicable"].items() for pattern in listed
+        ]
+        return Selection(tuple(f"tests/{glob}" for glob in data["files"]), tuple(patterns))
+
+    def cause(self, test: str) -> str | None:
+        """Why a test, or all of a file, is not applicable."""
+        # "[" is a part of ids here, not of a pattern.
+        escape = str.maketrans({"[": "[[]"})
+        return next((why for pattern, why in self.not_applicable if fnmatchcase(test, pattern.translate(escape))), None)
+
+    def find(self, sources: Path) -> list[str]:
+        """The test files, relative to vLLM's sources, in the order of `files`."""
+        found = [str(path.relative_to(sources)) for glob in self.files for path in sorted(sources.glob(glob))]
+        return list(dict.fromkeys(found))
