@@ -30,6 +30,11 @@ class Workplace:
     def hub(self) -> Path:
         return self.directory / "huggingface" / "hub"
 
+    @property
+    def raw_results(self) -> Path:
+        """Of the process that runs now."""
+        return self.directory / "results" / f"running-{os.getpid()}.jsonl"
+
     def results(self, file: str) -> Path:
         return self.directory / "results" / (file.removeprefix("tests/").replace("/", "__") + ".jsonl")
 

@@ -6,6 +6,7 @@ Each line of the file VLLM_TESTS_RESULTS is one JSON object: {"collected": [ids]
 
 import json
 import os
+import re
 from typing import Any
 
 import pytest
@@ -75,7 +76,11 @@ def _reason(report: Any) -> str:
 
 
 def _last_line(report: Any) -> str:
-    """The exception, of all that pytest prints about it."""
+    """What this platform refused, or the exception, of all that pytest prints."""
+    if refusal := re.search(
+        r"(tpu_inference does not serve this yet: .*?)(?: \[type=|$)", report.longreprtext, re.MULTILINE
+    ):
+        return refusal[1][:LONGEST_CAUSE]
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else report.longreprtext
     lines = [line.removeprefix("E ").strip() for line in text.splitlines() if line.strip()]

@@ -36,7 +36,6 @@ def read(path: Path) -> FileResult:
         if "collected" in line:
             result.tests.update((test, (NOT_RUN, "")) for test in line["collected"])
         elif "id" in line:
-            # A file that is not collected has no name of its own in pytest's reports of a session.
             result.tests[line["id"]] = line["outcome"], line["cause"]
             result.seconds += line["seconds"]
         elif "ended" in line:
@@ -48,13 +47,17 @@ def complete(path: Path) -> bool:
     return read(path).ended
 
 
-def finish(path: Path, file: str, ending: str | None) -> None:
-    """Close a file's results; `ending`: what stopped pytest, which the test that ran then is charged with."""
-    lines = list(_lines(path))
+def split(raw: Path, paths: dict[str, Path], ending: str | None) -> None:
+    """Divide the results of a process among the files it ran. `ending`: what stopped it, which the test that ran then is charged with."""
+    lines = list(_lines(raw))
     finished = {line["id"] for line in lines if "id" in line}
     running = [line["start"] for line in lines if "start" in line and line["start"] not in finished]
-    with path.open("a") as out:
-        if ending and (running or not finished):
-            line = {"id": running[-1] if running else file, "outcome": FAIL, "cause": ending, "seconds": 0}
-            out.write(json.dumps(line) + "\n")
-        out.write(json.dumps({"ended": ending or "well"}) + "\n")
+    if ending:
+        charged = [running[-1]] if running else [] if finished else list(paths)
+        lines += [{"id": test, "outcome": FAIL, "cause": ending, "seconds": 0} for test in charged]
+    collected = [test for line in lines for test in line.get("collected", ())]
+    for file, path in paths.items():
+        own = [{"collected": [test for test in collected if test.split("::")[0] == file]}]
+        own += [line for line in lines if "id" in line and line["id"].split("::")[0] == file]
+        own.append({"ended": ending or "well"})
+        path.write_text("".join(json.dumps(line) + "\n" for line in own))

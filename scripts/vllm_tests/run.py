@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pytest process a file, so that nothing of a file's engines is left for the next."""
+"""One pytest process a file that starts engines, so that nothing of them is left for the next; one for many files that start none."""
 
 import contextlib
 import os
@@ -20,14 +20,16 @@ PYTEST = (
 )  # fmt: skip
 
 
-def run_file(place: Workplace, file: str, prefix: str = "", seconds: int = FILE_SECONDS) -> float:
-    """Run a file's tests within so many seconds; returns how many it took. Results and log are below `place`."""
-    place.results(file).parent.mkdir(parents=True, exist_ok=True)
-    place.results(file).unlink(missing_ok=True)
-    command = [*shlex.split(prefix), sys.executable, "-m", "pytest", *PYTEST, file]
-    env = {**place.environment(), results.VARIABLE: str(place.results(file))}
+def run_together(place: Workplace, files: list[str], prefix: str = "") -> float:
+    """Run the tests of some files in one process; returns how many seconds it took. Results and log are below `place`."""
+    seconds = FILE_SECONDS * len(files)
+    raw = place.raw_results
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.unlink(missing_ok=True)
+    command = [*shlex.split(prefix), sys.executable, "-m", "pytest", *PYTEST, *files]
+    env = {**place.environment(), results.VARIABLE: str(raw)}
     start = time.monotonic()
-    with place.log(file).open("wb") as log:
+    with place.log(files[0]).open("wb") as log:
         process = subprocess.Popen(
             command, cwd=place.sources, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -35,19 +37,23 @@ def run_file(place: Workplace, file: str, prefix: str = "", seconds: int = FILE_
             code = process.wait(seconds)
             ending = None if code in (0, 1, 5) else f"pytest ended with {code}"
         except subprocess.TimeoutExpired:
-            ending = f"the file took more than {seconds} s"
+            ending = f"it took more than {seconds} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    results.finish(place.results(file), file, ending)
+    results.split(raw, {file: place.results(file) for file in files}, ending)
     return time.monotonic() - start
 
 
-def run(place: Workplace, files: list[str], *, resume: bool, prefix: str, say: Callable[[str], None]) -> None:
-    """Run the files; `resume`: only those that have no complete results."""
-    todo = [file for file in files if not (resume and results.complete(place.results(file)))]
-    for number, file in enumerate(todo, 1):
-        seconds = run_file(place, file, prefix)
-        counts = results.read(place.results(file)).counts()
-        say(f"[{number}/{len(todo)}] {file}: {counts} ({seconds:.0f} s)")
+def run(place: Workplace, groups: list[list[str]], *, prefix: str, minutes: float, say: Callable[[str], None]) -> None:
+    """Run groups of files, a process each; none is begun after so many minutes."""
+    end = time.monotonic() + 60 * minutes
+    for number, files in enumerate(groups, 1):
+        if time.monotonic() > end:
+            say(f"{minutes:g} minutes are over: {len(groups) - number + 1} of {len(groups)} runs are left for --resume")
+            return
+        seconds = run_together(place, files, prefix)
+        for file in files:
+            say(f"[{number}/{len(groups)}] {file}: {results.read(place.results(file)).counts()}")
+        say(f"    {seconds:.0f} s")

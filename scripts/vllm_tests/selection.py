@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
+REFUSAL = "tpu_inference does not serve this yet"
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,10 @@ class Selection:
     """Globs below vLLM's sources."""
     not_applicable: tuple[tuple[str, str], ...]
     """(glob of a test id, or of a file, why)"""
+    refusals: tuple[tuple[str, str], ...]
+    """(part of the platform's message when it refuses a configuration, why)"""
+    together: tuple[str, ...]
+    """Globs of files that start no engine: those of a glob share a process."""
 
     @staticmethod
     @lru_cache
@@ -25,7 +30,11 @@ class Selection:
         patterns = [
             (f"tests/{pattern}", causes[key]) for key, listed in data["not_applicable"].items() for pattern in listed
         ]
-        return Selection(tuple(f"tests/{glob}" for glob in data["files"]), tuple(patterns))
+        return Selection(
+            tuple(f"tests/{glob}" for glob in data["files"]),
+            tuple(patterns),
+            tuple(f"tests/{glob}" for glob in data["together"]),
+        )
 
     def cause(self, test: str) -> str | None:
         """Why a test, or all of a file, is not applicable."""
@@ -33,7 +42,23 @@ class Selection:
         escape = str.maketrans({"[": "[[]"})
         return next((why for pattern, why in self.not_applicable if fnmatchcase(test, pattern.translate(escape))), None)
 
+    def refused(self, failure: str) -> str | None:
+        """Why a test that failed with this message is not applicable after all: it asked for what the platform refuses."""
+        if REFUSAL not in failure:
+            return None
+        return next((why for text, why in self.refusals if text in failure), None)
+
     def find(self, sources: Path) -> list[str]:
         """The test files, relative to vLLM's sources, in the order of `files`."""
         found = [str(path.relative_to(sources)) for glob in self.files for path in sorted(sources.glob(glob))]
         return list(dict.fromkeys(found))
+
+    def group(self, files: list[str]) -> list[list[str]]:
+        """The files of which something may be applicable, those that share a process together."""
+        groups: dict[str, list[str]] = {}
+        for file in files:
+            if self.cause(file) is None:
+                groups.setdefault(next((glob for glob in self.together if fnmatchcase(file, glob)), file), []).append(
+                    file
+                )
+        return list(groups.values())

@@ -29,8 +29,8 @@ CONSTANT = 3.0
 """What every token has in dimension 0 of the residual stream, which no layer writes to: by it the head gives tokens a bias."""
 LIKELY = {'"': 9.0, '"}': 7.0, '",': 7.0, "}": 9.0, "]": 9.0, ",": 4.0}
 """Tokens that end what a grammar lets go on, and their bias: else a random model hardly ever closes a string. One in ten tokens, about."""
-BLANK = -12.0
-"""The bias of white space, of which grammars allow any amount."""
+UNLIKELY = {str.isspace: -12.0, str.isdecimal: -6.0}
+"""Of white space and digits grammars allow any number."""
 REPEAT = -20.0
 """What is added to the logit of the token just seen: a random model would say it for ever."""
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2")
@@ -76,7 +76,9 @@ def _tokenizer(vocabulary: Tokenizer, style: dict[str, Any]) -> transformers.Pre
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     plain = style.get("plain", [])
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special if token not in plain])
+    bpe.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special if token not in plain]
+    )
     bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
     if style.get("prepend"):
         bos = style["bos"]
@@ -132,7 +134,9 @@ def _save(name: str, vocabulary: Tokenizer, directory: Path) -> None:
     config = getattr(transformers, family["config"])(vocab_size=len(tokenizer), **fields, **ids)
     config.architectures = None
     texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
-    biases = {i: BLANK if text.isspace() else LIKELY[text] for i, text in texts.items() if text.isspace() or text in LIKELY}
+    biases = {i: LIKELY[text] for i, text in texts.items() if text in LIKELY}
+    for unlikely, bias in UNLIKELY.items():
+        biases.update((i, bias) for i, text in texts.items() if unlikely(text))
     model = _model(config, zlib.crc32(name.encode()), biases)
     model.generation_config = transformers.GenerationConfig(**ids, **entry.get("generation", {}))
     model.save_pretrained(directory)

@@ -13,7 +13,12 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from tpu_inference import envs, tpu_info
-from tpu_inference.compat import choose_start_method, grant_engine_shutdown_grace, loaded_logits_processors
+from tpu_inference.compat import (
+    choose_start_method,
+    grant_engine_shutdown_grace,
+    loaded_logits_processors,
+    quiet_torch_accelerator,
+)
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.platforms.checks import SERVED_DTYPES, is_served, refuse_unserved
 
@@ -70,6 +75,9 @@ class TpuPlatform(Platform):
     supported_quantization: list[str] = []  # noqa: RUF012
     _vocab_size: int | None = None
     _logits_processors: Any = None
+
+    def __init__(self) -> None:
+        quiet_torch_accelerator()  # not the worker's process alone: cleanup_dist_env_and_memory() is called in the user's
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
