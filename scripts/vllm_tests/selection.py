@@ -30,11 +30,9 @@ class Selection:
         patterns = [
             (f"tests/{pattern}", causes[key]) for key, listed in data["not_applicable"].items() for pattern in listed
         ]
-        return Selection(
-            tuple(f"tests/{glob}" for glob in data["files"]),
-            tuple(patterns),
-            tuple(f"tests/{glob}" for glob in data["together"]),
-        )
+        refusals = tuple((text, causes[key]) for key, texts in data["refused"].items() for text in texts)
+        files, together = (tuple(f"tests/{glob}" for glob in data[key]) for key in ("files", "together"))
+        return Selection(files, tuple(patterns), refusals, together)
 
     def cause(self, test: str) -> str | None:
         """Why a test, or all of a file, is not applicable."""
