@@ -66,7 +66,7 @@ def test_what_stops_pytest_is_charged_to_the_test_that_ran(tmp_path):
     assert results.read(paths[FILE]).tests == {one: ("pass", ""), f"{FILE}::three": ("not run", "")}
     assert results.read(paths["tests/other.py"]).tests == {two: ("fail", "killed")}
     assert all(results.complete(path) for path in paths.values())
-    assert not results.complete(raw)
+    assert not raw.exists() and not results.complete(raw)
 
 
 def test_the_page_counts_what_is_applicable(tmp_path):

@@ -48,7 +48,7 @@ def complete(path: Path) -> bool:
 
 
 def split(raw: Path, paths: dict[str, Path], ending: str | None) -> None:
-    """Divide the results of a process among the files it ran. `ending`: what stopped it, which the test that ran then is charged with."""
+    """Divide the results of a process, which are then gone, among the files it ran. `ending`: what stopped it, which the test that ran then is charged with."""
     lines = list(_lines(raw))
     finished = {line["id"] for line in lines if "id" in line}
     running = [line["start"] for line in lines if "start" in line and line["start"] not in finished]
@@ -61,3 +61,4 @@ def split(raw: Path, paths: dict[str, Path], ending: str | None) -> None:
         own += [line for line in lines if "id" in line and line["id"].split("::")[0] == file]
         own.append({"ended": ending or "well"})
         path.write_text("".join(json.dumps(line) + "\n" for line in own))
+    raw.unlink(missing_ok=True)

@@ -125,6 +125,11 @@ def _model(config: Any, seed: int, biases: dict[int, float]) -> torch.nn.Module:
 def _save(name: str, vocabulary: Tokenizer, directory: Path) -> None:
     entry = _declared()["models"][name]
     family = _declared()["families"][entry["family"]]
+    if family.get("configuration_only"):
+        config = getattr(transformers, family["config"])()
+        config.architectures = [family["architecture"]]
+        config.save_pretrained(directory)
+        return
     style = _style(entry.get("tokenizer", family["tokenizer"]))
     tokenizer = _tokenizer(vocabulary, style)
     fields: dict[str, Any] = {**COMMON, **family["fields"], **entry.get("fields", {})}
