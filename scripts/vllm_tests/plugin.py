@@ -82,6 +82,8 @@ def _last_line(report: Any) -> str:
         r"(tpu_inference does not serve this yet: .*?)(?: \[type=|$)", report.longreprtext, re.MULTILINE
     ):
         return refusal[1][:LONGEST_CAUSE]
+    if invalid := re.search(r"^E?\s*(Value error, .*?)(?: \[type=|$)", report.longreprtext, re.MULTILINE):
+        return invalid[1][:LONGEST_CAUSE]  # of pydantic, whose first line says nothing
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else report.longreprtext
     lines = [line.removeprefix("E ").strip() for line in text.splitlines() if line.strip()]

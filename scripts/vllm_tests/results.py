@@ -48,7 +48,10 @@ def complete(path: Path) -> bool:
 
 
 def split(raw: Path, paths: dict[str, Path], ending: str | None) -> None:
-    """Divide the results of a process, which are then gone, among the files it ran. `ending`: what stopped it, which the test that ran then is charged with."""
+    """Divide the results of a process, which are then gone, among the files it ran.
+
+    `ending`: what stopped it, which the test that ran then is charged with.
+    """
     lines = list(_lines(raw))
     finished = {line["id"] for line in lines if "id" in line}
     running = [line["start"] for line in lines if "start" in line and line["start"] not in finished]

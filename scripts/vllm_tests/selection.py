@@ -19,6 +19,8 @@ class Selection:
     """(glob of a test id, or of a file, why)"""
     refusals: tuple[tuple[str, str], ...]
     """(part of the platform's message when it refuses a configuration, why)"""
+    messages: tuple[tuple[str, str], ...]
+    """(part of a message of another's, why)"""
     together: tuple[str, ...]
     """Globs of files that start no engine: those of a glob share a process."""
 
@@ -30,9 +32,12 @@ class Selection:
         patterns = [
             (f"tests/{pattern}", causes[key]) for key, listed in data["not_applicable"].items() for pattern in listed
         ]
-        refusals = tuple((text, causes[key]) for key, texts in data["refused"].items() for text in texts)
+        refusals, messages = (
+            tuple((text, causes[key]) for key, texts in data[table].items() for text in texts)
+            for table in ("refused", "failing_with")
+        )
         files, together = (tuple(f"tests/{glob}" for glob in data[key]) for key in ("files", "together"))
-        return Selection(files, tuple(patterns), refusals, together)
+        return Selection(files, tuple(patterns), refusals, messages, together)
 
     def cause(self, test: str) -> str | None:
         """Why a test, or all of a file, is not applicable."""
@@ -41,10 +46,9 @@ class Selection:
         return next((why for pattern, why in self.not_applicable if fnmatchcase(test, pattern.translate(escape))), None)
 
     def refused(self, failure: str) -> str | None:
-        """Why a test that failed with this message is not applicable after all: it asked for what the platform refuses."""
-        if REFUSAL not in failure:
-            return None
-        return next((why for text, why in self.refusals if text in failure), None)
+        """Why a test that failed with this message is not applicable after all: it asked for what there is not, or what the platform refuses."""
+        known = (*self.messages, *(self.refusals if REFUSAL in failure else ()))
+        return next((why for text, why in known if text in failure), None)
 
     def find(self, sources: Path) -> list[str]:
         """The test files, relative to vLLM's sources, in the order of `files`."""
