@@ -25,7 +25,7 @@ def write(path: Path, *lines: dict) -> Path:
 
 
 def test_a_pattern_names_tests_and_files():
-    selection = Selection(("tests/*",), (("tests/a.py::test_b[x]", "why"), ("tests/lora/*", "no LoRA")), (), (), ())
+    selection = Selection(("tests/*",), (("tests/a.py::test_b[x]", "why"), ("tests/lora/*", "no LoRA")), (), (), (), ())
     assert selection.cause("tests/a.py::test_b[x]") == "why"
     assert selection.cause("tests/a.py::test_bx") is None
     assert selection.cause("tests/lora/c.py") == selection.cause("tests/lora/c.py::test_d") == "no LoRA"
@@ -46,7 +46,7 @@ def test_every_cause_is_used():
 
 
 def test_files_without_engines_share_a_process(tmp_path):
-    selection = Selection(("tests/**/*.py",), (("tests/a/no.py", "why"),), (), (), ("tests/a/*",))
+    selection = Selection(("tests/**/*.py",), (("tests/a/no.py", "why"),), (), (), (), ("tests/a/*",))
     for name in ("a/one.py", "a/two.py", "a/no.py", "b.py"):
         write(tmp_path / "tests" / name)
     assert selection.group(selection.find(tmp_path)) == [["tests/a/one.py", "tests/a/two.py"], ["tests/b.py"]]

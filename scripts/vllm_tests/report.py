@@ -26,7 +26,13 @@ def _tests(place: Workplace, file: str) -> dict[str, tuple[str, str]]:
     def why(test: str, outcome: str, cause: str) -> str | None:
         return selection.cause(test) or (selection.refused(cause) if outcome == FAIL else None)
 
-    return {test: (NOT_APPLICABLE, w) if (w := why(test, *found)) else found for test, found in tests.items()}
+    judged = {}
+    for test, (outcome, cause) in tests.items():
+        if excuse := why(test, outcome, cause):
+            judged[test] = NOT_APPLICABLE, excuse
+        else:
+            judged[test] = outcome, (selection.explanation(test) or cause) if outcome == FAIL else cause
+    return judged
 
 
 def collect(place: Workplace, files: list[str]) -> dict[str, Any]:

@@ -11,6 +11,11 @@ HERE = Path(__file__).parent
 REFUSAL = "tpu_inference does not serve this yet"
 
 
+def _first(patterns: tuple[tuple[str, str], ...], test: str) -> str | None:
+    escape = str.maketrans({"[": "[[]"})  # a part of ids, not of a pattern
+    return next((why for pattern, why in patterns if fnmatchcase(test, pattern.translate(escape))), None)
+
+
 @dataclass(frozen=True)
 class Selection:
     files: tuple[str, ...]
@@ -21,6 +26,8 @@ class Selection:
     """(part of the platform's message when it refuses a configuration, why)"""
     messages: tuple[tuple[str, str], ...]
     """(part of a message of another's, why)"""
+    explained: tuple[tuple[str, str], ...]
+    """(glob of a test that fails, why)"""
     together: tuple[str, ...]
     """Globs of files that start no engine: those of a glob share a process."""
 
@@ -36,14 +43,17 @@ class Selection:
             tuple((text, causes[key]) for key, texts in data[table].items() for text in texts)
             for table in ("refused", "failing_with")
         )
+        explained = tuple((f"tests/{pattern}", why) for pattern, why in data["explained"].items())
         files, together = (tuple(f"tests/{glob}" for glob in data[key]) for key in ("files", "together"))
-        return Selection(files, tuple(patterns), refusals, messages, together)
+        return Selection(files, tuple(patterns), refusals, messages, explained, together)
 
     def cause(self, test: str) -> str | None:
         """Why a test, or all of a file, is not applicable."""
-        # "[" is a part of ids here, not of a pattern.
-        escape = str.maketrans({"[": "[[]"})
-        return next((why for pattern, why in self.not_applicable if fnmatchcase(test, pattern.translate(escape))), None)
+        return _first(self.not_applicable, test)
+
+    def explanation(self, test: str) -> str | None:
+        """Why a test fails, where that is known."""
+        return _first(self.explained, test)
 
     def refused(self, failure: str) -> str | None:
         """Why a test that failed with this message is not applicable after all: it asked for what there is not, or what the platform refuses."""
