@@ -16,7 +16,8 @@ from vllm_tests.environment import Workplace
 TEST_SECONDS = 300
 FILE_SECONDS = 1800
 PYTEST = (
-    "-q", "-p", "vllm_tests.plugin", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors", "--timeout", str(TEST_SECONDS), "-o", "asyncio_mode=strict",
+    "-q", "-p", "vllm_tests.plugin", "-p", "no:cacheprovider", "--tb=short", "--continue-on-collection-errors",
+    "--timeout", str(TEST_SECONDS), "-o", "asyncio_mode=strict",
 )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ LIKELY = {'"': 9.0, '"}': 7.0, '",': 7.0, "}": 9.0, "]": 9.0, ",": 4.0}
 """Tokens that end what a grammar lets go on, and their bias: else a random model hardly ever closes a string. One in ten tokens, about."""
 UNLIKELY = {str.isspace: -12.0, str.isdecimal: -6.0}
 """Of white space and digits grammars allow any number."""
+MIDWORD, FILLER = -4.0, -12.0
+"""Of tokens that begin no word, so that text has words; and of those that only fill up a vocabulary."""
 REPEAT = -20.0
 """What is added to the logit of the token just seen: a random model would say it for ever."""
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2")
@@ -67,11 +69,12 @@ def train_vocabulary(sources: Path) -> Tokenizer:
     return bpe
 
 
-def _tokenizer(vocabulary: Tokenizer, style: dict[str, Any]) -> transformers.PreTrainedTokenizerFast:
-    """The vocabulary behind a style's special tokens, which have the first ids."""
+def _tokenizer(vocabulary: Tokenizer, style: dict[str, Any], size: int) -> transformers.PreTrainedTokenizerFast:
+    """The vocabulary behind a style's special tokens, which have the first ids; filled up to `size`."""
     special, model = style["special"], json.loads(vocabulary.to_str())["model"]
     vocab = {token: i for i, token in enumerate(special)}
     vocab.update({token: i + len(special) for token, i in model["vocab"].items()})
+    vocab.update({f"filler{i}": i for i in range(len(vocab), size)})
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge) for merge in model["merges"]]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -131,7 +134,7 @@ def _save(name: str, vocabulary: Tokenizer, directory: Path) -> None:
         config.save_pretrained(directory)
         return
     style = _style(entry.get("tokenizer", family["tokenizer"]))
-    tokenizer = _tokenizer(vocabulary, style)
+    tokenizer = _tokenizer(vocabulary, style, entry.get("vocab_size", 0))
     fields: dict[str, Any] = {**COMMON, **family["fields"], **entry.get("fields", {})}
     if fields.get("sliding_window") == 0:
         fields["sliding_window"] = None
@@ -139,9 +142,10 @@ def _save(name: str, vocabulary: Tokenizer, directory: Path) -> None:
     config = getattr(transformers, family["config"])(vocab_size=len(tokenizer), **fields, **ids)
     config.architectures = None
     texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
-    biases = {i: LIKELY[text] for i, text in texts.items() if text in LIKELY}
+    biases = {i: LIKELY.get(text, 0.0 if text.startswith(" ") else MIDWORD) for i, text in texts.items()}
     for unlikely, bias in UNLIKELY.items():
         biases.update((i, bias) for i, text in texts.items() if unlikely(text))
+    biases.update((i, FILLER) for i, text in texts.items() if text.startswith("filler"))
     model = _model(config, zlib.crc32(name.encode()), biases)
     model.generation_config = transformers.GenerationConfig(**ids, **entry.get("generation", {}))
     model.save_pretrained(directory)
