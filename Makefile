@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every target installs what it needs into .venv first; a second run finds it there.
 #   make PYTHON=/path/to/python3.12 demo    chooses the interpreter of a new .venv
-#   make serve ARGS="--port 8001"           passes arguments on (serve, demo, test)
+#   make serve ARGS="--port 8001"           passes arguments on (serve, demo, test, vllm-tests)
 SHELL := /bin/bash
 PYTHON ?=
 ARGS ?=
@@ -10,10 +10,10 @@ INSTALL := bash scripts/install.sh
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test fuzz lint format docs ci clean
+.PHONY: help install demo serve test fuzz vllm-tests lint format docs ci clean
 
 help: ## Show this
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 install: ## Make .venv with vLLM and this package
 	@$(INSTALL)
@@ -38,6 +38,10 @@ fuzz: ## Send a server hostile requests: make fuzz N=10000 SEED=1, or ONLY=17 fo
 	@$(INSTALL) --dev
 	PYTHONPATH=tests $(BIN)/python -m fuzz -n $(N) --seed $(SEED) $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
+vllm-tests: ## Run vLLM's own tests against this platform (docs/vllm_tests.md); hours
+	@$(INSTALL) --dev
+	PYTHONPATH=scripts $(BIN)/python -m vllm_tests $(ARGS)
+
 lint: ## Check style, import ladder and types
 	@$(INSTALL) --dev
 	$(BIN)/ruff check .
@@ -58,5 +62,5 @@ ci: ## What continuous integration runs
 	@bash .ci/run
 
 clean: ## Remove .venv and everything generated
-	rm -rf .venv site .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf .venv .vllm_tests site .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

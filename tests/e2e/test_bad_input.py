@@ -166,7 +166,6 @@ def test_an_id_used_again_right_after_an_abort(llm):
             "remove --kv-transfer-config",
         ),
         (dict(runner="pooling", convert="embed"), "pooling", "--runner generate"),
-        (dict(dtype="float16"), "float16", "bfloat16"),
         (dict(model_impl="transformers"), "model_impl", "--model-impl auto"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

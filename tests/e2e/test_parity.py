@@ -113,3 +113,18 @@ def compare(found, expected, k, token):
     for token_id, logprob in found.items():
         assert logprob.logprob == pytest.approx(expected[token_id], abs=1e-4)
         assert order[logprob.rank - 1] == token_id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["auto", "vllm"])
+def test_float16(zoo, monkeypatch, implementation):
+    """On the CPU backend. Weights and activations of 11 bits: log-probabilities near transformers' in float32."""
+    monkeypatch.setenv("MODEL_IMPL_TYPE", implementation)
+    path, (prompt, *_) = zoo("llama"), prompts(1, seed=3)
+    with engine(path, dtype="float16", max_logprobs=-1) as llm:
+        (out,) = generate(llm, [prompt], greedy_params(8, logprobs=-1))
+        answer = list(out.outputs[0].token_ids)
+        got = np.array([[row[i].logprob for i in range(tiny_models.VOCAB_SIZE)] for row in out.outputs[0].logprobs])
+    wanted = tiny_models.logprobs(path, [*prompt, *answer])[len(prompt) - 1 : -1]
+    assert np.abs(got - wanted).max() < 0.5, "these logits spread over tens"
+    assert np.abs(got - wanted).mean() < 0.05

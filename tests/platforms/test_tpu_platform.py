@@ -5,9 +5,12 @@ import copy
 
 import pytest
 import torch
+from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from tpu_inference import tpu_info
 from tpu_inference.demo import MODEL
 from tpu_inference.platforms.tpu_platform import WORKER, TpuPlatform, default_block_size
 
@@ -22,6 +25,23 @@ def test_vllm_chose_this_platform():
     assert current_platform.supported_dtypes == [torch.bfloat16, torch.float32]
     assert current_platform.get_device_name() == "cpu"
     assert current_platform.get_device_total_memory() > 2**30
+    assert current_platform.device_count() == 1
+
+
+def test_float16_is_served_where_there_is_no_tpu():
+    assert config(dtype="half").model_config.dtype == torch.float16
+    v6e = tpu_info.Detection("tpu", "of this test", tpu_info.parse_accelerator_type("v6e-8").chip, 8)
+    with tpu_info.assuming(v6e), pytest.raises(Exception, match="float16: use --dtype bfloat16 or --dtype float32"):
+        config(dtype="half")
+
+
+def test_vllms_clean_up_works_in_the_users_process():
+    cleanup_dist_env_and_memory()  # raised "Cannot access accelerator device"
+
+
+def test_a_configuration_without_a_model_has_no_cache_type_to_refuse():
+    cache = VllmConfig(cache_config=CacheConfig(block_size=16, cache_dtype="bfloat16")).cache_config
+    assert cache.cache_dtype == "bfloat16"
 
 
 def test_configuration_is_complete_and_idempotent():
@@ -66,7 +86,6 @@ def test_default_block_size(max_model_len, platform, size):
             dict(structured_outputs_config={"backend": "lm-format-enforcer"}),
             'lm-format-enforcer.*use .*"backend": "auto"',
         ),
-        (dict(dtype="float16"), "float16"),
         (dict(enable_prompt_embeds=True), "prompts given as embeddings"),
         (dict(model_impl="transformers"), "model_impl='transformers'"),
         (dict(additional_config={"typo": 1}), "unknown keys"),

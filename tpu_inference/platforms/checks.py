@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tpu_inference import envs
+from tpu_inference import envs, tpu_info
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import ConfigError
 from tpu_inference.logger import init_logger, log_once
@@ -22,6 +22,12 @@ logger = init_logger(__name__)
 
 SERVED_DTYPES = [torch.bfloat16, torch.float32]
 """The first is what vLLM falls back to for a checkpoint of another type."""
+CPU_ONLY_DTYPES = [torch.float16]
+"""Served on the CPU backend when asked for: no TPU multiplies in float16."""
+
+
+def is_served(dtype: torch.dtype) -> bool:
+    return dtype in SERVED_DTYPES or (dtype in CPU_ONLY_DTYPES and tpu_info.detect_once().platform == "cpu")
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,9 @@ def _more_than_one(size: int) -> int:
 
 def _unserved_cache_dtype(config: "VllmConfig") -> str | None:
     asked, model = config.cache_config.cache_dtype, config.model_config
-    own = str(model.dtype).removeprefix("torch.") if model is not None else None
-    return None if asked in ("auto", own) else asked
+    if model is None:  # nothing is served without one
+        return None
+    return None if asked in ("auto", str(model.dtype).removeprefix("torch.")) else asked
 
 
 def _unserved_executor(config: "VllmConfig") -> str | None:
@@ -192,7 +199,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     # The model
     Refusal(
-        _of_model(lambda m: m.dtype not in SERVED_DTYPES and str(m.dtype).removeprefix("torch.")),
+        _of_model(lambda m: not is_served(m.dtype) and str(m.dtype).removeprefix("torch.")),
         "weights of type {}",
         "use --dtype bfloat16 or --dtype float32",
     ),

@@ -13,9 +13,14 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from tpu_inference import envs, tpu_info
-from tpu_inference.compat import choose_start_method, grant_engine_shutdown_grace, loaded_logits_processors
+from tpu_inference.compat import (
+    choose_start_method,
+    grant_engine_shutdown_grace,
+    loaded_logits_processors,
+    quiet_torch_accelerator,
+)
 from tpu_inference.logger import init_logger, log_once
-from tpu_inference.platforms.checks import SERVED_DTYPES, refuse_unserved
+from tpu_inference.platforms.checks import SERVED_DTYPES, is_served, refuse_unserved
 from tpu_inference.runner import metrics
 
 if TYPE_CHECKING:
@@ -72,6 +77,9 @@ class TpuPlatform(Platform):
     _vocab_size: int | None = None
     _logits_processors: Any = None
 
+    def __init__(self) -> None:
+        quiet_torch_accelerator()  # not the worker's process alone: cleanup_dist_env_and_memory() is called in the user's
+
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
         return SERVED_DTYPES
@@ -83,6 +91,11 @@ class TpuPlatform(Platform):
         """vLLM's name of the chip, by which it picks default batch sizes; "cpu" without one."""
         detection = tpu_info.detect_once()
         return detection.chip.vllm_name if detection.chip else detection.platform
+
+    @classmethod
+    def device_count(cls) -> int:
+        """Chips of this host; 1 on the CPU backend."""
+        return tpu_info.detect_once().num_chips or 1
 
     @classmethod
     def get_device_uuid(cls, device_id: int = 0) -> str:
@@ -143,7 +156,7 @@ class TpuPlatform(Platform):
     @classmethod
     def check_if_supports_dtype(cls, dtype: torch.dtype) -> None:
         """Raises ValueError for a dtype that is not served."""
-        if dtype not in SERVED_DTYPES:
+        if not is_served(dtype):
             raise ValueError(f"{dtype} is not served by tpu_inference: use --dtype bfloat16 or --dtype float32.")
 
     @classmethod

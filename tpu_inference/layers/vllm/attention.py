@@ -19,7 +19,7 @@ from tpu_inference.layers.vllm.context import StepContext, current_step
 class TpuAttentionBackend(AttentionBackend):
     """Found by vLLM through `TpuPlatform.get_attn_backend_cls`."""
 
-    supported_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012
+    supported_dtypes = [torch.bfloat16, torch.float32, torch.float16]  # noqa: RUF012
 
     @staticmethod
     def get_name() -> str:
