@@ -189,7 +189,8 @@ class TpuPlatform(Platform):
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
         if parallel.worker_cls == "auto":
             _change(parallel, "worker_cls", WORKER, "the worker of this platform")
-        _change(parallel, "distributed_executor_backend", "uni", "one process drives all devices of a host")
+        if parallel.distributed_executor_backend is None:
+            _change(parallel, "distributed_executor_backend", "uni", "one process drives all devices of a host")
         _change(parallel, "disable_custom_all_reduce", True, "XLA does collectives")
         _change(compilation, "mode", CompilationMode.NONE, "JAX compiles, not torch")
         _change(compilation, "cudagraph_mode", CUDAGraphMode.NONE, "there is no CUDA graph")
