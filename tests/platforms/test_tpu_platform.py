@@ -9,6 +9,8 @@ from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tpu_inference import tpu_info
 from tpu_inference.demo import MODEL
@@ -33,6 +35,13 @@ def test_float16_is_served_where_there_is_no_tpu():
     v6e = tpu_info.Detection("tpu", "of this test", tpu_info.parse_accelerator_type("v6e-8").chip, 8)
     with tpu_info.assuming(v6e), pytest.raises(Exception, match="float16: use --dtype bfloat16 or --dtype float32"):
         config(dtype="half")
+
+
+def test_the_users_own_executor_of_one_process_stays():
+    class Own(UniProcExecutor):
+        pass
+
+    assert config(distributed_executor_backend=Own).parallel_config.distributed_executor_backend is Own
 
 
 def test_vllms_clean_up_works_in_the_users_process():
@@ -79,6 +88,7 @@ def test_default_block_size(max_model_len, platform, size):
         (dict(data_parallel_size=2), "data parallelism"),
         (dict(tensor_parallel_size=2, enable_expert_parallel=True), "expert parallelism"),
         (dict(distributed_executor_backend="mp"), "executor 'mp'"),
+        (dict(distributed_executor_backend=MultiprocExecutor), "executor 'MultiprocExecutor'"),
         (dict(enable_lora=True), "LoRA"),
         (dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2}), "speculative decoding"),
         (dict(kv_cache_dtype="fp8"), "KV cache of type 'fp8'"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from tpu_inference import envs, tpu_info
 from tpu_inference.config import TpuConfig
@@ -56,9 +57,16 @@ def _unserved_cache_dtype(config: "VllmConfig") -> str | None:
 
 
 def _unserved_executor(config: "VllmConfig") -> str | None:
+    """What is no executor of one process: vLLM's others, or a class of the user's that is not derived from `UniProcExecutor`."""
     backend = config.parallel_config.distributed_executor_backend
-    name = getattr(backend, "__name__", backend)
-    return name if isinstance(backend, str) and backend in ("mp", "ray", "external_launcher") else None
+    if isinstance(backend, str) and "." in backend:
+        backend = resolve_obj_by_qualname(backend)
+    if not isinstance(backend, type):
+        return None if backend in (None, "uni") else str(backend)
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher, UniProcExecutor
+
+    own = issubclass(backend, UniProcExecutor) and not issubclass(backend, ExecutorWithExternalLauncher)
+    return None if own else backend.__name__
 
 
 def _default(owner: Any, name: str) -> Any:

@@ -191,7 +191,8 @@ class TpuPlatform(Platform):
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
         if parallel.worker_cls == "auto":
             _change(parallel, "worker_cls", WORKER, "the worker of this platform")
-        _change(parallel, "distributed_executor_backend", "uni", "one process drives all devices of a host")
+        if parallel.distributed_executor_backend is None:
+            _change(parallel, "distributed_executor_backend", "uni", "one process drives all devices of a host")
         _change(parallel, "disable_custom_all_reduce", True, "XLA does collectives")
         if vllm_config.profiler_config.profiler:
             why = "a torch profile of the API server would have no bounds"
