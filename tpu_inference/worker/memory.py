@@ -50,7 +50,7 @@ class DeviceMemory:
             (f"x gpu_memory_utilization={self.share}", self.allowed),
             ("- weights", self.weights),
             ("- in use besides", max(self.used - self.weights, 0)),
-            ("- largest program's temporaries, sampler", self.temporaries),
+            ("- temporaries of the programs", self.temporaries),
             ("= left for the KV cache", self.kv_cache),
         )
         return "\n".join(f"  {name:<37} {size / 2**30:>8.2f} GiB" for name, size in rows)
