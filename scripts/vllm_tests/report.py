@@ -72,7 +72,7 @@ def _table(data: dict[str, Any]) -> list[str]:
         f"**{100 * share:.2f} % of {total[PASS] + total[FAIL]} applicable tests pass** ({total[PASS]} pass, {total[FAIL]} fail); "
         f"{total[NOT_APPLICABLE]} are not applicable, {total[NOT_RUN]} have not been run. With {versions}.",
         "",
-        f"A file that is not applicable as a whole, or has not been run, counts as one test: the latter are {untouched} of {len(data['files'])} files.",
+        f"A file that is not applicable as a whole, or has not been run, counts as one: the latter are {untouched} of {len(data['files'])} files.",
         "",
         "### Failures",
         "",
