@@ -65,11 +65,14 @@ def _cell(text: str) -> str:
 def _table(data: dict[str, Any]) -> list[str]:
     total, share = data["total"], data["share_of_applicable"]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    untouched = sum(
+        not any(counts[outcome] for outcome in (PASS, FAIL, NOT_APPLICABLE)) for counts in data["files"].values()
+    )
     lines = [
         f"**{100 * share:.2f} % of {total[PASS] + total[FAIL]} applicable tests pass** ({total[PASS]} pass, {total[FAIL]} fail); "
         f"{total[NOT_APPLICABLE]} are not applicable, {total[NOT_RUN]} have not been run. With {versions}.",
         "",
-        "A file that is not applicable as a whole, or has not been run, counts as one test.",
+        f"A file that is not applicable as a whole, or has not been run, counts as one: the latter are {untouched} of {len(data['files'])} files.",
         "",
         "### Failures",
         "",
