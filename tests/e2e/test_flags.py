@@ -15,16 +15,16 @@ COUNT = 10
 
 
 def test_the_schedulers_flags(zoo):
-    path, endpoint = zoo("llama"), f"tcp://127.0.0.1:{free_port()}"
+    path, port = zoo("llama"), free_port()
     options = dict(
         scheduling_policy="priority", max_num_active_seqs=2, watermark=0.1, prefill_schedule_interval=2, enable_chunked_prefill=False,
         max_num_batched_tokens=256, long_prefill_token_threshold=0, prefix_caching_hash_algo="sha256_cbor", max_num_scheduled_tokens=256,
         prefix_match_unit=16, disable_hybrid_kv_cache_manager=True, scheduler_reserve_full_isl=False,
-        kv_events_config={"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint},
+        kv_events_config={"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{port}"},
     )  # fmt: skip
     with engine(path, **options) as llm, zmq.Context() as context, context.socket(zmq.SUB) as events:
         assert scheduler(llm).max_num_active_reqs == 2
-        events.connect(endpoint)
+        events.connect(f"tcp://127.0.0.1:{port}")
         events.subscribe(b"")
         assert tokens(llm, PROMPTS, COUNT) == [tiny_models.greedy(path, prompt, COUNT) for prompt in PROMPTS]
         tokens(llm, [list(range(3, 60))], COUNT)
