@@ -9,6 +9,7 @@
 | `DefaultModelLoader._prepare_weights` | `weight_files` | the one place that knows hubs, revisions and which files count | it is public |
 | `ModelRegistry.register_model` with a class never built | `declare_architecture` | vLLM asks a PyTorch class what a model can do | a platform can answer |
 | `get_engine_process_shutdown_timeout` wrapped | `grant_engine_shutdown_grace` | SIGTERM with requests running kills the engine at once, and the server hangs | the grace is not ROCm's alone |
+| `terminate_if_errored` of the API server wrapped | `exit_with_error_when_engine_dies` | the server exits with 0 when its engine has died, which supervisors take for success | it exits with an error |
 | `VLLM_WORKER_MULTIPROC_METHOD` | `choose_start_method` | vLLM forks the engine unless CUDA has started; it does not look at JAX | it asks the platform |
 | `import torchax` | `import_torchax` | torchax 0.0.13 names ATen overloads that torch 2.13 has dropped | a torchax made for torch 2.13 |
 | `Tensor.type_as` of torchax | `import_torchax` | torchax 0.0.13 changes the tensor itself, and knows no views | torchax returns another |
@@ -156,6 +157,37 @@ def grant_engine_shutdown_grace() -> None:
 
     with_grace.grants_grace = True  # type: ignore[attr-defined]
     utils.get_engine_process_shutdown_timeout = with_grace
+
+
+_SERVER_MODULES = (
+    "vllm.entrypoints.launchers.launcher",
+    "vllm.entrypoints.serve.exception_handling.handlers.vllm_error",
+)
+
+
+def exit_with_error_when_engine_dies() -> None:
+    """Let an API server that ends because its engine has died exit with 1; in other processes nothing."""
+    loaded = [module for name in _SERVER_MODULES if (module := sys.modules.get(name))]
+    if not loaded or hasattr(loaded[0].terminate_if_errored, "exits_with_error"):
+        return
+    original, died = loaded[0].terminate_if_errored, []
+
+    def terminate_if_errored(server: Any, engine: Any) -> None:
+        original(server, engine)
+        if server.should_exit and engine.errored:
+            died.append(engine)
+
+    def leave() -> None:
+        if died:
+            logger.error("The engine has died: see above. The server ends with status 1.")
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(1)
+
+    terminate_if_errored.exits_with_error = True  # type: ignore[attr-defined]
+    for module in loaded:
+        module.terminate_if_errored = terminate_if_errored  # type: ignore[attr-defined]
+    atexit.register(leave)
 
 
 class _DroppedOverload:

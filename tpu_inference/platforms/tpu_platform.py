@@ -15,6 +15,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from tpu_inference import envs, tpu_info
 from tpu_inference.compat import (
     choose_start_method,
+    exit_with_error_when_engine_dies,
     grant_engine_shutdown_grace,
     loaded_logits_processors,
     quiet_torch_accelerator,
@@ -185,6 +186,7 @@ class TpuPlatform(Platform):
 
         _log_device()  # not earlier: vLLM has set up its logging only now
         refuse_unserved(vllm_config)
+        exit_with_error_when_engine_dies()  # first: what is registered later is left in peace at exit
         metrics.expose()
         grant_engine_shutdown_grace()
         choose_start_method()
