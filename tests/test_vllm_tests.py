@@ -113,8 +113,8 @@ def test_a_stand_in_is_found_under_its_name_and_speaks(tmp_path):
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_a_slice_of_vllms_tests(tmp_path):
-    """A file that needs no engine, from the package index to results."""
-    files = [FILE]
+    """One file that needs no engine and one that starts some, from the package index to results."""
+    files = [FILE, "tests/v1/core/test_scheduler_e2e.py"]
     place = Workplace(tmp_path)
     command = [sys.executable, "-m", "vllm_tests", "--directory", str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}

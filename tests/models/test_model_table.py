@@ -14,7 +14,7 @@ from tpu_inference.models.common.registry import choose_implementation, supporte
 
 table = load_script("model_table")
 SAMPLE = ("GPT2LMHeadModel", "BloomForCausalLM", "FalconForCausalLM", "GPTNeoXForCausalLM", "Cohere2ForCausalLM",
-          "MixtralForCausalLM", "DeepseekV3ForCausalLM", "GraniteForCausalLM")  # fmt: skip
+          "GptOssForCausalLM", "DeepseekV3ForCausalLM", "GraniteForCausalLM")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,6 @@ EXAMPLES = {
     "mamba_config": MambaConfig(backend=MambaBackendEnum.FLASHINFER, ssu_algorithm="simple"),
     "mamba_ssm_cache_dtype": "float32",
     "mamba_ssu_algorithm": "simple",
-    "max_cudagraph_capture_size": 8,
     "max_parallel_loading_workers": 2,
     "model_class_overrides": {"NobodysForCausalLM": "module:Class"},
     "model_loader_extra_config": {"enable_multithread_load": True},
@@ -124,6 +123,11 @@ def test_a_flag_without_effect_is_named_in_the_log(caplog, monkeypatch):
     config(safetensors_load_strategy="eager", optimization_level=0)
     said = {record.getMessage() for record in caplog.records if "has no effect" in record.getMessage()}
     assert sorted(message.split()[0] for message in said) == ["--optimization-level", "--safetensors-load-strategy"]
+
+
+def test_what_vllm_sets_itself_for_a_model_is_not_refused():
+    """As it does for gpt-oss."""
+    assert config(max_cudagraph_capture_size=1024)
 
 
 def test_every_group_is_of_a_flag_that_is_refused():

@@ -171,7 +171,7 @@ def _estimate(step: StepCost, samplers: dict[int, SamplerCost]) -> StepEstimate:
 def _programs_compiled(config: Any, question: Question, where: TpuSlice, work: list, rows: list[int]) -> list[Done]:
     """The largest forward program first."""
     jobs: list[tuple] = [(step_job, config, where, bucket, loads, bool(loads)) for bucket, loads in work]
-    # Sorting a vocabulary follows its values: its schedule would not tell more than its bytes do.
+    # Its searches for top-k and top-p end by their values: a schedule would not tell more than its bytes do.
     jobs.append((sampler_job, config, where, "sample", rows[-1:], False))
     # The shortest job last: it fills the other core's wait.
     jobs.append((sampler_job, config, where, "greedy", rows, question.times))

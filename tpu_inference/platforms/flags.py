@@ -100,6 +100,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
     "enable_flashinfer_autotune": ("", "FlashInfer is for CUDA; this plugin's kernels come tuned"),
     "ir_op_priority": ("", "chooses among vLLM's own kernels, none of which runs here"),
     "kernel_config": ("", "chooses among vLLM's own kernels, none of which runs here"),
+    "max_cudagraph_capture_size": (
+        "",
+        "there is no CUDA graph; not refused, since vLLM sets it itself for some models (gpt-oss)",
+    ),
     "optimization_level": ("optimization_level", "it is torch.compile's; --enforce-eager starts without warm-up"),
     "performance_mode": ("performance_mode", "beside vLLM's default batch sizes it changes CUDA kernels only"),
     "safetensors_load_strategy": (
@@ -200,10 +204,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "mamba_config": ("mamba_config", _MAMBA),
     "mamba_ssm_cache_dtype": ("cache_config.mamba_ssm_cache_dtype", _MAMBA),
     "mamba_ssu_algorithm": ("mamba_config.ssu_algorithm", _MAMBA),
-    "max_cudagraph_capture_size": (
-        "compilation_config.max_cudagraph_capture_size",
-        "token_buckets of additional_config says which shapes are compiled",
-    ),
     "max_parallel_loading_workers": ("parallel_config.max_parallel_loading_workers", "one worker loads"),
     "model_class_overrides": ("model_config.model_class_overrides", "register the class: see Adding a model"),
     "model_loader_extra_config": (

@@ -113,7 +113,7 @@ class StepPrograms:
         self._normalised = logprobs_mode.endswith("logprobs")
         self._processed = logprobs_mode.startswith("processed") or host_processors
         self._everywhere = named_sharding(mesh, ())
-        # Logits stay where the head's product leaves them: to gather them would cost more than all else between two layers and a token.
+        # Logits stay where the head's product leaves them: gathered, every device would hold and search all of them.
         self._by_vocab = sharding_where_it_divides(mesh, (None, "vocab"), (1, model.vocab_size))
 
     @property

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling on the device: arrays in, arrays out, in vLLM's order of application (`vllm/v1/sample/sampler.py`).
 
-Thresholds for top-k and top-p come from a bisection over the ordering of floats rather than from a sort of the vocabulary: exact, some fifteen
-reductions over [rows, vocab] for top-k and some thirty for top-p, and friendly to a sharded vocabulary. Tokens tied with the last one kept are kept.
+Thresholds for top-k and top-p come from a bisection over the ordering of floats rather than from a sort of the vocabulary: exact, 32
+reductions over [rows, vocab] at most, and friendly to a sharded vocabulary. Tokens tied with the last one kept are kept.
 """
 
 from collections.abc import Callable
