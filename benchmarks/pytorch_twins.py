@@ -3,8 +3,8 @@
 
     python benchmarks/pytorch_twins.py --work-dir /tmp/pytorch_twins [--sizes 3m 125m]
 
-For each size: each side starts with empty compile caches, and ends; each starts again, and the workloads then run on the two engines by turns. The
-best of the repetitions counts. Ratio is PyTorch / JAX for times, JAX / PyTorch for throughput: above 1 the PyTorch class is slower.
+For each size: each side starts alone, with empty compile caches and then with full ones; then both start, and the workloads run on the two engines by
+turns. The best of the repetitions counts. Ratio is PyTorch / JAX for times, JAX / PyTorch for throughput: above 1 the PyTorch class is slower.
 """
 
 import argparse
@@ -54,11 +54,12 @@ def compare(size: str, work: Path, repetitions: int) -> dict[str, dict[str, floa
         return engine
 
     shutil.rmtree(work / "caches", ignore_errors=True)
-    for side in SIDES:
-        with start(side, "cold"):
-            pass
+    for kind in ("cold", "warm"):
+        for side in SIDES:
+            with start(side, kind):  # alone: an engine goes on compiling in the background once it serves
+                pass
     with ExitStack() as stack:
-        engines = {side: stack.enter_context(start(side, "warm")) for side in SIDES}
+        engines = {side: stack.enter_context(start(side, "both")) for side in SIDES}
         for workload in WORKLOADS:
             samples: dict[str, list[float]] = {side: [] for side in SIDES}
             for _ in range(repetitions):

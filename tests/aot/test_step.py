@@ -7,13 +7,14 @@ import re
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
 from helpers.tiny_models import FAMILIES
 from tpu_inference.layers.common.build import BuildContext
-from tpu_inference.layers.common.sharding import make_mesh
+from tpu_inference.layers.common.sharding import make_mesh, shard_bytes
 from tpu_inference.layers.common.weights import map_specs
 from tpu_inference.layers.jax.decoder import pure_functions
 from tpu_inference.models.common.loader import model_functions
@@ -27,14 +28,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.aot]
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gemma3": "Gemma3ForCausalLM"}
 
 
-def programs(name: str, topology: str, tensor_parallel: int) -> StepPrograms:
+def programs(name: str, topology: str, tensor_parallel: int, **sizes: int) -> StepPrograms:
     import transformers
 
     kind, extra = FAMILIES[name]
     shape = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, head_dim=128)
     hf_config = getattr(transformers, kind)(
         **{**dict(vocab_size=2048, num_key_value_heads=2, max_position_embeddings=2048), **extra, **shape,
-           "layer_types": None}
+           **sizes, "layer_types": None}
     )  # fmt: skip
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(devices, tensor_parallel)
@@ -82,3 +83,10 @@ def test_weights_are_multiplied_where_they_lie():
     slices = re.findall(r"^ *%\S+ = bf16\[1,\d{3,},\d{3,}\]\S* (?:fusion|dynamic-slice)\(%(\w+)", text, re.M)
     assert slices, "weights are sliced at all"
     assert all(operand.startswith("param") for operand in slices)
+
+
+def test_scanned_weights_are_not_copied_on_tpu7x():
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    case = programs("llama", "tpu7x:2x2x1", 8, **sizes).forward_case(Bucket(32, 32))
+    temporaries = case.fn.lower(*case.args).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < max(map(shard_bytes, jax.tree.leaves(case.args[0]))) / 10

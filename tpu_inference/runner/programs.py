@@ -39,6 +39,10 @@ USUAL_LOGPROBS = 20
 MAX_LOGPROB_TOKEN_IDS = 128
 """vLLM's bound on `logprob_token_ids`, which it checks."""
 
+_COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"}}
+"""Device kind -> options of XLA. tpu7x: scans want 16-bit matrices in tiles of 16 rows, arrays lie in tiles of 8, and all scanned weights would be copied
+before every scan. They are multiplied as they lie instead."""
+
 
 def logprob_sizes(max_logprobs: int, vocab_size: int) -> tuple[int, ...]:
     """Numbers of likeliest tokens that programs are compiled for, increasing; -1 is the whole vocabulary."""
@@ -112,6 +116,7 @@ class StepPrograms:
         self.logprob_sizes = logprob_sizes(max_logprobs, model.vocab_size)
         self._normalised = logprobs_mode.endswith("logprobs")
         self._processed = logprobs_mode.startswith("processed") or host_processors
+        self._compiler_options = _COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
         self._everywhere = named_sharding(mesh, ())
         # Logits stay where the head's product leaves them: gathered, every device would hold and search all of them.
         self._by_vocab = sharding_where_it_divides(mesh, (None, "vocab"), (1, model.vocab_size))
@@ -136,7 +141,8 @@ class StepPrograms:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding or self._everywhere)
 
     def _jit(self, fn, donate: tuple[int, ...] = (), out: Any = None):
-        return jax.jit(fn, donate_argnums=donate, out_shardings=self._everywhere if out is None else out)
+        out = self._everywhere if out is None else out
+        return jax.jit(fn, donate_argnums=donate, out_shardings=out, compiler_options=self._compiler_options)
 
     @cached_property
     def _last_tokens(self) -> jax.ShapeDtypeStruct:
