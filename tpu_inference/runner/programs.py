@@ -40,8 +40,8 @@ MAX_LOGPROB_TOKEN_IDS = 128
 """vLLM's bound on `logprob_token_ids`, which it checks."""
 
 _COMPILER_OPTIONS = {"TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "0"}}
-"""Device kind -> options of XLA. tpu7x: scans want 16-bit matrices in tiles of 16 rows, arrays lie in tiles of 8, and all scanned weights would be copied
-before every scan. They are multiplied as they lie instead."""
+"""Device kind -> options of XLA. tpu7x: scans want 16-bit matrices in tiles of 16 rows, arrays lie in tiles of 8, and all
+scanned weights would be copied before every scan. They are multiplied as they lie instead."""
 
 
 def logprob_sizes(max_logprobs: int, vocab_size: int) -> tuple[int, ...]:
