@@ -13,6 +13,8 @@
 | `VLLM_WORKER_MULTIPROC_METHOD` | `choose_start_method` | vLLM forks the engine unless CUDA has started; it does not look at JAX | it asks the platform |
 | `import torchax` | `import_torchax` | torchax 0.0.13 names ATen overloads that torch 2.13 has dropped | a torchax made for torch 2.13 |
 | `Tensor.type_as` of torchax | `import_torchax` | torchax 0.0.13 changes the tensor itself, and knows no views | torchax returns another |
+| `transformers_moe_forward` by its Python function | `operations_that_call_modules` | torch's dispatcher leaves torchax before the experts are called | it is a method again |
+| DBRX's experts renamed | `as_loader_looks_for` | vLLM's class loads them by the names of before they became a module's | its `load_weights` finds them |
 | one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
 | `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
 | loading of custom logits processors | `custom_logits_processors` | vLLM drops them silently for TPU; the runner serves them | a platform can say that it does |
@@ -28,7 +30,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -228,6 +230,26 @@ def import_torchax() -> ModuleType:
         # It warns of every `.data`, which vLLM's norms read.
         logging.getLogger("torchax.tensor").setLevel(logging.ERROR)
     return sys.modules["torchax"]
+
+
+def operations_that_call_modules() -> dict[Any, Callable[..., Any]]:
+    """vLLM's operations that call back into a model's modules, each with its Python function: torch's dispatcher would leave torchax on the way.
+
+    Those of modules that are imported by now.
+    """
+    import torch
+
+    experts = sys.modules.get("vllm.model_executor.models.transformers.moe")
+    return {} if experts is None else {torch.ops.vllm.transformers_moe_forward.default: experts._transformers_moe_forward}
+
+
+_STALE_NAMES = {"DbrxForCausalLM": (".experts.mlp.", ".experts.routed_experts.mlp.")}
+
+
+def as_loader_looks_for(architecture: str, weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of a checkpoint, so named that `load_weights` of vLLM's class finds the parameters that it has."""
+    old, new = _STALE_NAMES.get(architecture, ("", ""))
+    return ((name.replace(old, new) if old else name, tensor) for name, tensor in weights)
 
 
 def jax_cache_interface() -> type:

@@ -60,3 +60,29 @@ def test_what_is_refused_says_why():
 
 def test_no_row_is_both_served_and_refused():
     assert not REFUSED.keys() & {*NAMES, *supported_architectures()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "workaround"),
+    [("HunYuanMoEV1ForCausalLM", "operations_that_call_modules"), ("DbrxForCausalLM", "as_loader_looks_for")],
+)
+def test_what_is_worked_around_is_still_so(architecture, workaround, directory, monkeypatch):
+    """Without it the model is not served: when it is, that function of compat.py can go."""
+    from helpers import architectures
+    from tpu_inference.layers.vllm import lowerings
+    from tpu_inference.models.vllm import vllm_model_wrapper as wrapper
+
+    path = architectures.save(architecture, directory)
+    _, expected = table.by_transformers(architectures.for_transformers(path))  # before vLLM decorates its classes
+
+    def tokens():
+        functions = wrapper.load_vllm_model(vllm_config(path), mesh(1), dummy=False)
+        return greedy_of(functions, table.PROMPT, table.COUNT)[1]
+
+    with monkeypatch.context() as without:
+        where = lowerings if hasattr(lowerings, workaround) else wrapper
+        without.setattr(where, workaround, lambda *given: given[1] if given else {})
+        with pytest.raises((AssertionError, KeyError)):
+            tokens()
+    assert tokens() == expected

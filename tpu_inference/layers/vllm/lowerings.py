@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _mode_utils
 
-from tpu_inference.compat import import_torchax
+from tpu_inference.compat import import_torchax, operations_that_call_modules
 
 
 def _of_torch(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ LOWERINGS: dict[Any, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Tell torchax."""
+    """Tell torchax, once the model is built."""
     env = import_torchax().default_env()
-    for operation, function in LOWERINGS.items():
+    for operation, function in (LOWERINGS | operations_that_call_modules()).items():
         env.override_op_definition(operation, function)

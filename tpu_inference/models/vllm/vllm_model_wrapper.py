@@ -4,7 +4,7 @@
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tpu_inference.compat import import_torchax, start_torch_alone
+from tpu_inference.compat import as_loader_looks_for, import_torchax, start_torch_alone
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape, storage_dtype
@@ -175,13 +175,13 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
 def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildContext]:
     """vLLM's module, its parameters allocated and not written, its layers computing by ours."""
     start_torch_alone(vllm_config)
-    lowerings.register()
     model_config = vllm_config.model_config
     scan_layers = TpuConfig.from_vllm(vllm_config).scan_layers
     ctx = BuildContext(mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers)
     vllm_config.compilation_config.static_forward_context.clear()
     with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
         model = initialize_model(vllm_config).eval().requires_grad_(False)
+    lowerings.register()
     for layer in _attention_layers(vllm_config).values():
         if layer.impl.sinks is not None:
             layer.register_parameter("sinks_of_impl", layer.impl.sinks)
@@ -245,8 +245,8 @@ def _names_loaded(model: torch.nn.Module) -> Iterator[set[str]]:
     names: set[str] = set()
     load = model.load_weights
 
-    def load_weights(*args: Any, **kwargs: Any) -> Any:
-        loaded = load(*args, **kwargs)
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        loaded = load(as_loader_looks_for(type(model).__name__, weights), *args, **kwargs)
         names.update(loaded or ())
         return loaded
 
