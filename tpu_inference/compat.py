@@ -240,7 +240,9 @@ def operations_that_call_modules() -> dict[Any, Callable[..., Any]]:
     import torch
 
     experts = sys.modules.get("vllm.model_executor.models.transformers.moe")
-    return {} if experts is None else {torch.ops.vllm.transformers_moe_forward.default: experts._transformers_moe_forward}
+    return (
+        {} if experts is None else {torch.ops.vllm.transformers_moe_forward.default: experts._transformers_moe_forward}
+    )
 
 
 _STALE_NAMES = {"DbrxForCausalLM": (".experts.mlp.", ".experts.routed_experts.mlp.")}

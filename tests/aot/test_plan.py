@@ -58,6 +58,15 @@ def test_memory_and_times_of_a_tiny_model(config, where):
     assert by_load["decode", 16, 128]["step_us"][0] <= many["step_us"][0]
 
 
+def test_collectives_on_another_core(tmp_path):
+    """On tpu7x all-reduces of wide layers are asynchronous calls, which jaxlib does not read."""
+    layers = 2
+    model = save_config("llama-8b", tmp_path, num_hidden_layers=layers, vocab_size=2048)
+    found = answer("--model", model, "--chip", "tpu7x", "--topology", "2x2x1", *SMALL, "--batch", "16")
+    (step,) = [s for s in found["steps"] if s["step"] == "decode" and s["context"] == 128]
+    assert step["ici_collectives"] == 2 * layers + 1, "of each layer's two row-parallel products, and of the embedding"
+
+
 def test_8b_fits_eight_chips_of_v6e_and_not_one_of_v5e(config):
     fits = answer(
         "--model", config("llama-8b"), "--chip", "v6e", "--topology", "2x4", "--max-model-len", "8192", "--no-times"

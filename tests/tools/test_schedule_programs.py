@@ -37,6 +37,16 @@ HloModule jit_step, is_scheduled=true
   ROOT %slice.9 = bf16[16,128]{1,0} dynamic-slice(%all-reduce.9)
 }
 
+%called (p.4: bf16[64,128]) -> bf16[64,128] {
+  %p.4 = bf16[64,128]{1,0} parameter(0)
+  ROOT %all-reduce.5 = bf16[64,128]{1,0} all-reduce(%p.4), replica_groups={{0,1},{2,3}}, to_apply=%add
+}, execution_thread="sparsecore"
+
+%async (p.5: bf16[64,128]) -> bf16[64,128] {
+  %p.5 = bf16[64,128]{1,0} parameter(0)
+  ROOT %custom-call.5 = bf16[64,128]{1,0} custom-call(%p.5), custom_call_target="offloaded", called_computations={%called}
+}, execution_thread="sparsecore"
+
 %inner_condition (c: (s32[])) -> pred[] {
   %i.1 = s32[] get-tuple-element(%c), index=0
   %limit.1 = s32[]{:T(128)} constant(3)
@@ -57,6 +67,9 @@ HloModule jit_step, is_scheduled=true
 %outer_body (c.4: (s32[])) -> (s32[]) {
   %x.2 = bf16[64,128]{1,0} get-tuple-element(%c.4), index=1
   %all-reduce.1 = bf16[64,128]{1,0} all-reduce(%x.2), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add
+  %all-reduce.6.call-start = ((), (), (s32[8]{0}, s32[0]{0})) async-start(), async_execution_thread="sparsecore", calls=%async
+  %all-reduce.6.call-update = ((bf16[64,128]{1,0}), bf16[64,128]{1,0}, (s32[8]{0})) async-update(%all-reduce.6.call-start, %x.2)
+  %all-reduce.6.call-done = bf16[64,128]{1,0} async-done(%all-reduce.6.call-update)
   %start.1 = s32[]{:T(128)} constant(0)
   %start.copy = s32[]{:T(128)S(6)} copy(%start.1)
   %tuple.1 = (s32[], bf16[64,128]{1,0}) tuple(%start.copy, %all-reduce.1)
@@ -103,11 +116,12 @@ def test_a_loop_over_data_counts_once_and_is_named(module):
     assert module.unknown_loops == ["while.3"]
 
 
-def test_collectives_also_within_fusions(module):
+def test_collectives_also_within_fusions_and_on_other_cores(module):
     size = 64 * 128 * 2
     found = {x.name: (x.kind, x.trips, x.operand_bytes, x.result_bytes, x.group_size) for x in module.collectives}
     assert found == {
         "all-reduce.1": ("all-reduce", 5, size, size, 4),
+        "all-reduce.6.call-start": ("all-reduce", 5, size, size, 2),
         "fusion.3": ("all-reduce", 1, size, size, 4),
         "all-gather-start.1": ("all-gather", 1, size // 4, size, 4),
     }
@@ -187,6 +201,7 @@ def test_an_error_inside_a_workload_is_not_hidden():
 def fresh(monkeypatch):
     """The environment as `prepare` finds it first, and the process as it was afterwards."""
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--mine=1")
+    monkeypatch.setenv("XLA_FLAGS", "--also_mine=1")
     for name in environment._DEFAULTS:
         monkeypatch.setenv(name, os.environ.get(name, "cpu" if name == "JAX_PLATFORMS" else "1"))
     monkeypatch.setattr(environment, "_found", {})
@@ -199,7 +214,9 @@ def test_prepare_keeps_the_flags_that_were_there(fresh):
     flags = os.environ["LIBTPU_INIT_ARGS"].split()
     assert flags[:2] == ["--mine=1", f"--xla_jf_dump_to={directory}"]
     assert directory.is_dir()
-    assert environment.without_recording()["LIBTPU_INIT_ARGS"] == "--mine=1", "a child records nothing"
+    assert os.environ["XLA_FLAGS"].split()[:2] == ["--also_mine=1", f"--xla_dump_to={directory}/hlo"]
+    child = environment.without_recording()
+    assert (child["LIBTPU_INIT_ARGS"], child["XLA_FLAGS"]) == ("--mine=1", "--also_mine=1"), "a child records nothing"
     directory.rmdir()
 
 

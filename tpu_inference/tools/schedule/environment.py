@@ -20,13 +20,15 @@ _DEFAULTS = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-_VARIABLE = "LIBTPU_INIT_ARGS"
-_FLAGS = (
-    "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final "
-    "--xla_jf_dump_category_filter=codegen,utilization"
-)
+HLO = "hlo"
+"""Below the directory of schedules: XLA's texts of the programs."""
+_FLAGS = {
+    "LIBTPU_INIT_ARGS": "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=^final "
+    "--xla_jf_dump_category_filter=codegen,utilization",
+    "XLA_FLAGS": f"--xla_dump_to={{}}/{HLO} --xla_dump_hlo_as_text=true",
+}
 _found: dict[str, str] = {}
-"""What the user had in `_VARIABLE`, once it is changed."""
+"""What the user had in these variables, once they are changed."""
 
 
 class ScheduleError(TpuInferenceError):
@@ -66,8 +68,9 @@ def prepare() -> Path:
     directory = Path(tempfile.mkdtemp(prefix="tpu_schedule_"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     set_defaults()
-    _found[_VARIABLE] = os.environ.get(_VARIABLE, "")
-    os.environ[_VARIABLE] = f"{_found[_VARIABLE]} {_FLAGS.format(directory)}".strip()
+    for name, flags in _FLAGS.items():
+        _found[name] = os.environ.get(name, "")
+        os.environ[name] = f"{_found[name]} {flags.format(directory)}".strip()
     return directory
 
 

@@ -10,7 +10,7 @@ from math import prod
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _OPERATION = re.compile(r"^ *(ROOT )?%([\w.\-]+) = (.*?[\]\})]) ([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(r"(all-|reduce-scatter|collective-|ragged-all)")
 _GROUPS = re.compile(
@@ -63,7 +63,9 @@ class Operation:
     @property
     def has_code(self) -> bool:
         """Whether it is compiled to a schedule of its own; single numbers are computed by the program around them."""
-        elsewhere = self.opcode in _WITHOUT_CODE or self.opcode.endswith(("-start", "-done")) or _BUFFER in self.rest
+        elsewhere = (
+            self.opcode in _WITHOUT_CODE or self.opcode.endswith(("-start", "-update", "-done")) or _BUFFER in self.rest
+        )
         return not elsewhere and any(_count(dims) > 1 for _, _, dims in _SHAPE.findall(self.type))
 
     @property
@@ -173,15 +175,22 @@ class Module:
             caller = self._callers.get(caller.computation)
         return total
 
+    def _parts(self, operation: Operation) -> Iterator[Operation]:
+        """The operations of what an operation calls, and of what those call."""
+        for name in operation.called:
+            for part in self._within(name):
+                yield part
+                yield from self._parts(part)
+
     def top_level(self) -> Iterator[Operation]:
-        """Operations that are run as such, not as a part of a fusion or reduction."""
-        fused = {name for x in self.operations.values() if x.opcode not in _CONTROL for name in x.called}
-        return (x for x in self.operations.values() if x.computation not in fused)
+        """Operations that are run as such, not as a part of a fusion, a reduction or an asynchronous call."""
+        parts = {y.name for x in self.operations.values() if x.opcode not in _CONTROL for y in self._parts(x)}
+        return (x for x in self.operations.values() if x.name not in parts)
 
     def _between_devices(self, operation: Operation) -> Operation | None:
-        """The collective that an operation is, or that it is fused around."""
-        fused = (x for name in operation.called for x in self._within(name)) if operation.opcode == "fusion" else ()
-        found = (x for x in (operation, *fused) if _COLLECTIVE.match(x.opcode) and not x.opcode.endswith("-done"))
+        """The collective that an operation is, that it is fused around, or that it lets another core start."""
+        inside = self._parts(operation) if operation.opcode in ("fusion", "async-start") else ()
+        found = (x for x in (operation, *inside) if _COLLECTIVE.match(x.opcode) and not x.opcode.endswith("-done"))
         return next(found, None)
 
     @cached_property

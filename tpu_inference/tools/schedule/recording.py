@@ -2,6 +2,7 @@
 """Records the schedules of a compile, and times them."""
 
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 from tpu_inference.tools.schedule.bundles import Program
 from tpu_inference.tools.schedule.chips import Machine
 from tpu_inference.tools.schedule.emulator import Emulator, Execution
-from tpu_inference.tools.schedule.environment import ScheduleError, prepare
+from tpu_inference.tools.schedule.environment import HLO, ScheduleError, prepare
 from tpu_inference.tools.schedule.hlo import ASYNC_COPIES, Module, Operation
 from tpu_inference.tools.schedule.slots import Loop, SlotTable, loops_of
 from tpu_inference.tools.schedule.timing import AsyncCopy, OpTiming, Timing, Unknown
@@ -118,12 +119,27 @@ def no_compile_cache() -> Iterator[None]:
 def _collect(directory: Path) -> dict[str, dict[str, str]]:
     """Operation -> what -> text, from libtpu's files, which are removed."""
     found: dict[str, dict[str, str]] = {}
-    for path in sorted(directory.iterdir()):
+    for path in sorted(path for path in directory.iterdir() if path.is_file()):
         match = _FILE.match(path.name)
         if match and not match["operation"].startswith(_NOT_OPERATIONS):
             found.setdefault(match["operation"], {})[match["what"]] = path.read_text(errors="replace")
         path.unlink()
     return {name: texts for name, texts in found.items() if "final_bundles" in texts}
+
+
+def _hlo_of(compiled: Any, directory: Path) -> str:
+    """The optimized program: jaxlib's text of it, or XLA's own where jaxlib cannot read what libtpu made (0.10.2: asynchronous calls on tpu7x)."""
+    import jax
+
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        dumped = sorted(directory.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_mtime)
+        if not dumped:  # XLA read its flags before `prepare`
+            raise
+        return dumped[-1].read_text(encoding="utf-8")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _operation_of(dumped: str, module: Module) -> str | None:
@@ -154,7 +170,7 @@ def record(compile_it: Callable[[], Any]) -> tuple[Any, Recorded]:
         raise ScheduleError(
             "libtpu wrote no schedule: the program is not for a TPU topology, or this process has compiled the same one before."
         )
-    module, values, schedules = Module.parse(compiled.as_text()), active(), {}
+    module, values, schedules = Module.parse(_hlo_of(compiled, directory / HLO)), active(), {}
     for dumped, found in texts.items():
         if name := _operation_of(dumped, module):
             slots = found.get("final_hlo-static-per-bundle-utilization", "")
