@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tpu_inference.kernels.forms import Form, implementation_for
 from tpu_inference.layers.common.quantization import Quantization
 from tpu_inference.layers.common.sharding import MODEL_AXIS
 
@@ -36,11 +35,6 @@ class BuildContext:
     def platform(self) -> str:
         """ "tpu", "cpu", …: from the mesh, so that nothing initializes a backend."""
         return self.mesh.devices.flat[0].platform
-
-    @property
-    def implementation(self) -> Form:
-        """The form of kernels that the devices run."""
-        return implementation_for(self.mesh.devices.flat[0])
 
     @property
     def scans(self) -> bool:
