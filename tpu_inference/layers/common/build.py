@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from tpu_inference.layers.common.quantization import Quantization
 from tpu_inference.layers.common.sharding import MODEL_AXIS
 
 
@@ -22,6 +23,8 @@ class BuildContext:
     """Longest request served, in tokens. Chooses among RoPE tables that depend on length."""
     scan_layers: bool | None = None
     """Stack the layers and scan over them, or loop; None: see `scans`."""
+    quantization: Quantization | None = None
+    """How linear layers' weights are stored, where they are quantized."""
 
     @property
     def shards(self) -> int:

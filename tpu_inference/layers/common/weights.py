@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from tpu_inference.layers.common.sharding import LogicalAxes, named_sharding
 
@@ -32,6 +33,14 @@ class Source:
     def piece(self, start: int, size: int) -> "Piece":
         """Indices start:start + size of this source, counted from its offset."""
         return Piece(size, self, self.offset + start)
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether a checkpoint's tensor of that shape is this one."""
+        return shape == self.shape
+
+    def read(self, read: Callable[..., np.ndarray], name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of what the device holds of it; `read(name, index)` reads of the checkpoint's tensor of that name."""
+        return read(name, index)
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,8 @@ class WeightSpec:
     """Layers stacked in front, for scanned layers; the source names then contain "{layer}"."""
     layer: int | None = None
     """The one layer this is, for looped layers."""
-    init: Literal["normal", "zeros", "ones"] = field(default="normal")
-    """Dummy value: N(0, 0.02), or a constant."""
+    init: Literal["normal", "zeros", "ones", "scales"] = field(default="normal")
+    """Dummy value: N(0, 0.02), or whole numbers where the dtype has no others; a constant, which for scales is one that makes 0.02 of those."""
 
     def __post_init__(self) -> None:
         total = sum(piece.size for piece in self.pieces)
@@ -81,9 +90,9 @@ class WeightSpec:
         """The layers whose checkpoint tensors this array holds; [None] for a weight of no layer."""
         return [self.layer] if self.layers is None else range(self.layers)
 
-    def sources(self) -> dict[str, tuple[int, ...]]:
-        """Name template -> checkpoint shape of every tensor this weight reads."""
-        return {p.source.name: p.source.shape for p in self.pieces if p.source is not None}
+    def sources(self) -> dict[str, Source]:
+        """By name template, every tensor of the checkpoint that this weight reads."""
+        return {p.source.name: p.source for p in self.pieces if p.source is not None}
 
     def abstract(self, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
         """Shape, dtype and sharding of the array on the device."""
