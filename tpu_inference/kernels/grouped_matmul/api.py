@@ -29,12 +29,12 @@ def grouped_matmul(
     Args:
         x: [M, in], bfloat16 or float32; the rows of group 0, then those of group 1, and so on. M > 0.
         weights: [E, out, in], in x's dtype, or what `scales` are for.
-        group_sizes: int32 [E], rows of each group; may be 0, and M in all at most. Rows past the last group are unspecified, and may not be
-            finite.
-        scales: [E, out / a, in / b], of blocks of a x b numbers of `weights`, which they are multiplied by; a block may be all of a dimension. On TPU b
-            is a multiple of 128, or all of `in`.
-        implementation: "pallas" (TPU), "pallas_interpret" (the same kernel interpreted, on any device), "xla", "reference". `implementation_for` a
-            device also tells the chip, for which the kernel is blocked.
+        group_sizes: int32 [E], rows of each group; may be 0, and M in all at most. Rows past the last group are unspecified, and may
+            not be finite.
+        scales: [E, out / a, in / b], of blocks of a x b numbers of `weights`, which they are multiplied by; a block may be all of a dimension.
+            On TPU b is a multiple of 128, or all of `in`.
+        implementation: "pallas" (TPU), "pallas_interpret" (the same kernel interpreted, on any device), "xla", "reference". `implementation_for`
+            a device also tells the chip, for which the kernel is blocked.
         config: blocks of the Pallas kernel; None for those tuned for the shape and chip, else the heuristic's.
 
     Raises:

@@ -25,11 +25,15 @@ class Config:
 
     block_rows: int
     block_out: int
+    slots: int = 3
+    """Weights in VMEM: one is multiplied by while the others are in flight."""
 
-    def within(self, rows: int, dtype: Any) -> "Config":
-        """The same for `rows` rows: a block is whole tiles of the dtype, and no more of them than there are rows."""
+    def within(self, rows: int, out: int, dtype: Any) -> "Config":
+        """The same for `rows` rows and `out` outputs: blocks of whole tiles, and no more of them than there are."""
         tile = 32 // jnp.dtype(dtype).itemsize
-        return replace(self, block_rows=min(self.block_rows, -(-rows // tile) * tile))
+        # What is not whole tiles of any dtype is not cut.
+        block_out = out if out % 32 else min(self.block_out, out)
+        return replace(self, block_rows=min(self.block_rows, -(-rows // tile) * tile), block_out=block_out)
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,12 @@ class ShapeKey:
         return f"e{self.num_groups}_{self.out}x{self.columns}_{self.dtype}_{self.weight_dtype}"
 
     def vmem_bytes(self, config: Config) -> int:
-        """Of two buffers for each block, and of the product in float32."""
+        """Of the weights' slots, of two buffers for each other block, and of the product in float32."""
         size, weight_size = jnp.dtype(self.dtype).itemsize, jnp.dtype(self.weight_dtype).itemsize
         columns = -(-self.columns // LANES) * LANES
         rows = config.block_rows * size * (columns + config.block_out)
-        return 2 * (rows + config.block_out * columns * weight_size) + 4 * config.block_rows * config.block_out
+        weights = config.slots * config.block_out * columns * weight_size
+        return 2 * rows + weights + 4 * config.block_rows * config.block_out
 
 
 def even(length: int, blocks: int) -> int:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Pallas kernel: a walk over the (group, block of rows) pairs, for one block of outputs after the other.
 
-Neighbouring pairs share a weight or a block of rows, and only what changes is fetched: each weight of a group with rows goes through HBM once, those of
-empty groups never. Weights of the next group are in flight while those of this one are multiplied by.
+Neighbouring pairs share a weight or a block of rows, and only what changes is fetched: each weight of a group with rows goes through HBM once,
+those of empty groups never. Weights are fetched by the kernel itself, a few groups ahead: a group of many blocks keeps none waiting.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,28 +15,81 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.grouped_matmul.config import MIB, Config, ShapeKey
-from tpu_inference.kernels.grouped_matmul.units import num_units, units
+from tpu_inference.kernels.grouped_matmul.units import Units, num_units, units
 
 NAME = "grouped_matmul"
 SPARE_VMEM_BYTES = 4 * MIB
 """For what the compiler keeps beside the blocks."""
 
 
-def _body(
-    groups: Any, blocks: Any, starts: Any, total: Any, x: Any, weights: Any, *rest: Any, block_rows: int, per_group: int
-) -> None:
-    """One pair. `rest`: the scales of the weights, where they have any; then the block of outputs."""
-    *scales, out = rest
-    unit = pl.program_id(1)
+def _body(*refs: Any, num_scales: int, blocked: "_Blocked", per_group: int) -> None:
+    """One pair of one block of outputs."""
+    scalars = Units(*refs[: len(Units._fields)])
+    x, weights, *scales = refs[len(Units._fields) : len(Units._fields) + 2 + num_scales]
+    out, buffers, arrived = refs[-3:]
+    part, unit = pl.program_id(0), pl.program_id(1)
+    num_pairs, num_items = scalars.totals[0], scalars.totals[1]
+    item = scalars.items[unit]
+    place = part * num_items + item  # in the list of what is fetched
 
-    @pl.when(unit < total[0])
+    def fetch(place: Any, do: str) -> None:
+        """Start or wait for the `place`th weight."""
+        part = jax.lax.div(place, jnp.maximum(num_items, 1))
+        group = scalars.item_groups[jnp.clip(place - part * num_items, 0, blocked.num_groups - 1)]
+        slot = jax.lax.rem(place, blocked.slots)
+        for here, size in blocked.sizes(part):
+
+            @pl.when(here & (part < blocked.num_parts) & (num_items > 0))
+            def _(size: int = size) -> None:
+                source = weights.at[group, pl.ds(pl.multiple_of(part * blocked.out, blocked.alignment), size)]
+                getattr(pltpu.make_async_copy(source, buffers.at[slot, pl.ds(0, size)], arrived.at[slot]), do)()
+
+    @pl.when((part == 0) & (unit == 0))
     def _() -> None:
-        group, first = groups[unit], blocks[unit] * block_rows
-        product = _product(x[...], weights[0], scales[0][0] if scales else None, per_group)
-        row = first + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
-        mine = (row >= starts[group]) & (row < starts[group + 1])
+        for ahead in range(blocked.slots - 1):
+            fetch(jnp.int32(ahead), "start")
+
+    @pl.when(unit < num_pairs)
+    def _() -> None:
+        group = scalars.groups[unit]
+
+        @pl.when((unit == 0) | (scalars.items[jnp.maximum(unit - 1, 0)] != item))
+        def _() -> None:
+            fetch(place + blocked.slots - 1, "start")  # into the slot of the weight before this one
+            fetch(place, "wait")
+
+        weight = buffers[jax.lax.rem(place, blocked.slots)]
+        product = _product(x[...], weight, scales[0][0] if scales else None, per_group)
+        row = scalars.blocks[unit] * blocked.rows + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
+        mine = (row >= scalars.starts[group]) & (row < scalars.starts[group + 1])
         # Rows of other groups were put there by earlier pairs, or will be by later ones.
         out[...] = jnp.where(mine, product.astype(out.dtype), out[...])
+
+
+@dataclass(frozen=True)
+class _Blocked:
+    """What is static about the kernel."""
+
+    num_groups: int
+    total_out: int
+    rows: int
+    """Of a block."""
+    out: int
+    """Of a block."""
+    slots: int
+    alignment: int
+    """Of first outputs: rows of a tile of weights."""
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.total_out // self.out)
+
+    def sizes(self, part: Any) -> list[tuple[Any, int]]:
+        """(whether it is so, outputs of the block): the last one may be shorter."""
+        last = self.total_out - (self.num_parts - 1) * self.out
+        if last == self.out:
+            return [(True, last)]
+        return [(part < self.num_parts - 1, self.out), (part == self.num_parts - 1, last)]
 
 
 def _product(x: Any, weight: Any, scales: Any | None, per_group: int) -> Any:
@@ -65,30 +119,34 @@ def grouped_matmul_pallas(
 ) -> jax.Array:
     """As the op; `scales` [E, groups of columns, out]."""
     (rows, columns), (num_groups, out, _) = x.shape, weights.shape
-    config = config.within(rows, x.dtype)
-    block_rows, block_out = config.block_rows, min(config.block_out, out)
-    num_blocks = -(-rows // block_rows)
-    padded = num_blocks * block_rows
+    tile = 32 // weights.dtype.itemsize
+    config = config.within(rows, out, x.dtype)
+    blocked = _Blocked(num_groups, out, config.block_rows, config.block_out, config.slots, tile)
+    num_blocks = -(-rows // blocked.rows)
+    padded = num_blocks * blocked.rows
     if padded > rows:
         x = jnp.pad(x, ((0, padded - rows), (0, 0)))
-    prefetched = units(group_sizes, num_blocks, block_rows)
     in_specs = [
-        pl.BlockSpec((block_rows, columns), lambda j, u, groups, blocks, *_: (blocks[u], 0)),
-        pl.BlockSpec((1, block_out, columns), lambda j, u, groups, *_: (groups[u], j, 0)),
+        pl.BlockSpec((blocked.rows, columns), lambda j, u, groups, blocks, *_: (blocks[u], 0)),
+        pl.BlockSpec(memory_space=pl.ANY),
     ]
     if scales is not None:
         in_specs.append(
-            pl.BlockSpec((1, scales.shape[1], block_out), lambda j, u, groups, *_: (groups[u], 0, j)),
+            pl.BlockSpec((1, scales.shape[1], blocked.out), lambda j, u, groups, *_: (groups[u], 0, j)),
         )
     per_group = columns if scales is None else columns // scales.shape[1]
     limit = ShapeKey.of(x, weights).vmem_bytes(config) + SPARE_VMEM_BYTES
     result = pl.pallas_call(
-        partial(_body, block_rows=block_rows, per_group=per_group),
+        partial(_body, num_scales=len(in_specs) - 2, blocked=blocked, per_group=per_group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(-(-out // block_out), num_units(num_groups, num_blocks)),
+            num_scalar_prefetch=len(Units._fields),
+            grid=(blocked.num_parts, num_units(num_groups, num_blocks)),
             in_specs=in_specs,
-            out_specs=pl.BlockSpec((block_rows, block_out), lambda j, u, groups, blocks, *_: (blocks[u], j)),
+            out_specs=pl.BlockSpec((blocked.rows, blocked.out), lambda j, u, groups, blocks, *_: (blocks[u], j)),
+            scratch_shapes=[
+                pltpu.VMEM((blocked.slots, blocked.out, columns), weights.dtype),
+                pltpu.SemaphoreType.DMA((blocked.slots,)),
+            ],
         ),
         out_shape=jax.ShapeDtypeStruct((padded, out), x.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -96,5 +154,5 @@ def grouped_matmul_pallas(
         ),
         name=NAME,
         interpret=interpret,
-    )(*prefetched, x, weights, *(() if scales is None else (scales,)))
+    )(*units(group_sizes, num_blocks, blocked.rows), x, weights, *(() if scales is None else (scales,)))
     return result[:rows]

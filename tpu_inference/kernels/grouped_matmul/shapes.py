@@ -82,7 +82,7 @@ class GroupedShape:
         form = implementation_for(device)
         if form != "pallas":
             return {}
-        config = config_for(self.key(), form.chip).within(self.rows, self.dtype)
+        config = config_for(self.key(), form.chip).within(self.rows, self.out, self.dtype)
         values = units(self.group_sizes, -(-self.rows // config.block_rows), config.block_rows, np)
         return {NAME: dict(enumerate(values))}
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of (group, block of rows) pairs that have rows in common: what the kernel walks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -11,25 +11,48 @@ def num_units(num_groups: int, num_blocks: int) -> int:
     return num_groups + num_blocks - 1
 
 
-def units(group_sizes: Any, num_blocks: int, block_rows: int, xp: Any = jnp) -> tuple[Any, Any, Any, Any]:
-    """In order of groups; `xp` is jnp or np.
+class Units(NamedTuple):
+    """The kernel's scalar-prefetch arguments, int32."""
 
-    Returns:
-        int32: groups [U] and blocks [U] of the pairs, of which those after the last are the last one again; the first row of each group, and
-        where the last one ends [E + 1]; the number of pairs [1].
-    """
+    groups: Any
+    """[U]: of the pairs, in order of groups; those after the last pair are the last one again."""
+    blocks: Any
+    """[U]"""
+    items: Any
+    """[U]: how many groups with rows come before the pair's own."""
+    item_groups: Any
+    """[E]: the groups with rows, in order."""
+    starts: Any
+    """[E + 1]: the first row of each group, and where the last one ends."""
+    totals: Any
+    """[2]: how many pairs there are, and how many groups with rows."""
+
+
+def units(group_sizes: Any, num_blocks: int, block_rows: int, xp: Any = jnp) -> Units:
+    """The pairs of `num_blocks` blocks of `block_rows` rows; `xp` is jnp or np."""
     sizes = xp.asarray(group_sizes, xp.int32)
+    index = xp.arange(len(sizes), dtype=xp.int32)
     ends = xp.cumsum(sizes).astype(xp.int32)
     starts = ends - sizes
     first = starts // block_rows
     counts = xp.where(sizes > 0, (ends - 1) // block_rows - first + 1, 0)
     until = xp.cumsum(counts).astype(xp.int32)
-    total = until[-1:]
-    unit = xp.minimum(xp.arange(num_units(len(sizes), num_blocks), dtype=xp.int32), xp.maximum(total - 1, 0))
-    group = (until[None] <= unit[:, None]).sum(1).astype(xp.int32)
-    group = xp.minimum(group, len(sizes) - 1)  # where there are no rows at all
-    one_hot = group[:, None] == xp.arange(len(sizes), dtype=xp.int32)[None]
-    # A look-up by comparison: gathers of scalars are slow on TPU.
-    offset = xp.where(one_hot, (first - (until - counts))[None], 0).sum(1)
-    block = xp.clip(offset + unit, 0, num_blocks - 1).astype(xp.int32)
-    return group, block, xp.concatenate([starts, ends[-1:]]).astype(xp.int32), total.astype(xp.int32)
+    with_rows = xp.cumsum(sizes > 0).astype(xp.int32)
+    unit = xp.minimum(xp.arange(num_units(len(sizes), num_blocks), dtype=xp.int32), xp.maximum(until[-1] - 1, 0))
+    group = xp.minimum(
+        (until[None] <= unit[:, None]).sum(1), len(sizes) - 1
+    )  # the last one where there are no rows at all
+    # Look-ups by comparison: gathers of scalars are slow on TPU.
+    chosen = group[:, None] == index[None]
+    block = xp.where(chosen, (first - (until - counts))[None], 0).sum(1) + unit
+    item = xp.where(chosen, with_rows[None] - 1, 0).sum(1)
+    item_groups = xp.minimum((with_rows[None] <= index[:, None]).sum(1), len(sizes) - 1)
+    return Units(
+        *(
+            x.astype(xp.int32)
+            for x in (
+                group, xp.clip(block, 0, num_blocks - 1), xp.maximum(item, 0), item_groups,
+                xp.concatenate([starts, ends[-1:]]), xp.stack([until[-1], with_rows[-1]]),
+            )
+        )
+    )  # fmt: skip

@@ -18,7 +18,7 @@ def _of_group(weights: jax.Array, group: jax.Array) -> jax.Array:
 
 def grouped_matmul_xla(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, scales: jax.Array | None) -> jax.Array:
     """As the op; `scales` [E, groups of columns, out]. As many steps as there are tiles with rows."""
-    rows, (num_groups, out, columns) = x.shape[0], weights.shape
+    rows, (num_groups, out, _) = x.shape[0], weights.shape
     tile = max(min(TILE, -(-2 * rows // num_groups)), 2)
     sizes = group_sizes.astype(jnp.int32)
     tiles = -(-sizes // tile)
