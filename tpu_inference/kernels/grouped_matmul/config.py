@@ -15,7 +15,7 @@ MIB = 2**20
 VMEM_BYTES: Mapping[str | None, int] = {"v5e": 48 * MIB, "v6e": 48 * MIB, "v5p": 28 * MIB, "tpu7x": 32 * MIB}
 """For blocks, of what a core has; chips not named have `LEAST_VMEM_BYTES`."""
 LEAST_VMEM_BYTES = 11 * MIB
-BLOCK_ROWS = 128
+BLOCK_ROWS = 256
 """Rows that go through the matrix units with one load of a weight: fewer leave them waiting for weights, more are wasted on groups of few rows."""
 
 

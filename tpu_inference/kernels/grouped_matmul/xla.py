@@ -4,16 +4,17 @@
 import jax
 import jax.numpy as jnp
 
-TILE = 16
+TILE = 64
 """Rows of a product at most."""
 
 
 def _of_group(weights: jax.Array, group: jax.Array) -> jax.Array:
-    """`weights[group]`, of which XLA's CPU backend does not convert all to float32 ahead of the loop: it has products of bfloat16 by that."""
+    """`weights[group]`; of bfloat16 as float32, by integers: XLA's CPU backend would move a conversion ahead of the loop, to all groups."""
     if weights.dtype != jnp.bfloat16:
         return weights[group]
+    weights, group = jax.lax.optimization_barrier((weights, group))
     bits = jax.lax.bitcast_convert_type(weights, jnp.uint16)[group]
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def grouped_matmul_xla(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, scales: jax.Array | None) -> jax.Array:
@@ -46,7 +47,6 @@ def grouped_matmul_xla(x: jax.Array, weights: jax.Array, group_sizes: jax.Array,
 
 
 def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x, weight.astype(x.dtype), (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    dims = (((1,), (1,)), ((), ()))
+    x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+    return jax.lax.dot_general(x, weight, dims, precision=jax.lax.Precision.HIGHEST)
