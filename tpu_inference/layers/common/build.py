@@ -22,6 +22,8 @@ class BuildContext:
     """Longest request served, in tokens. Chooses among RoPE tables that depend on length."""
     scan_layers: bool | None = None
     """Stack the layers and scan over them, or loop; None: see `scans`."""
+    expert_parallel: bool = False
+    """Experts are divided among the devices, instead of each expert's width."""
 
     @property
     def shards(self) -> int:

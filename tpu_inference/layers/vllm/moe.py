@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from tpu_inference.compat import import_torchax
 from tpu_inference.errors import TpuInferenceError
-from tpu_inference.layers.common.moe import ACTIVATIONS, SCORING, ExpertWeights, Routing, experts, route
+from tpu_inference.layers.common.moe import ACTIVATIONS, SCORING, ExpertWeights, Routing, Sharding, experts, route
 from tpu_inference.layers.common.sharding import MODEL_AXIS
 
 
@@ -27,7 +27,8 @@ class TpuExpertsMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self._mesh, self._accumulate_dtype = mesh, accumulate_dtype
         self._activation = layer.activation.value
-        self._divided = layer.intermediate_size_per_partition % mesh.shape[MODEL_AXIS] == 0 and mesh.size > 1
+        divided = layer.intermediate_size_per_partition % mesh.shape[MODEL_AXIS] == 0 and mesh.size > 1
+        self._sharding: Sharding = "width" if divided else "whole"
         if self._activation not in ACTIVATIONS:
             raise TpuInferenceError(f"experts with the activation {self._activation!r} are not served by tpu_inference")
         if layer.scoring_func not in SCORING and layer.custom_routing_function is None:
@@ -51,7 +52,7 @@ class TpuExpertsMethod(FusedMoEMethodBase):
         out = experts(
             x.jax(), weights, ids,
             ExpertWeights(arrays["w13_weight"], arrays["w2_weight"], arrays.get("w13_bias"), arrays.get("w2_bias")),
-            activation=self._activation, mesh=self._mesh, divided=self._divided,
+            activation=self._activation, mesh=self._mesh, sharding=self._sharding,
             accumulate_dtype=self._accumulate_dtype, weigh_input=layer.apply_router_weight_on_input,
         )  # fmt: skip
         return import_torchax().interop.torch_view(out)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.heads import plan_heads
-from tpu_inference.layers.common.weights import Piece, WeightSpec, leaves, map_specs
+from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, leaves, map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
@@ -22,24 +22,25 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Buffers that old checkpoints carry and nothing reads."""
 
 
-def expected_tensors(specs: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every checkpoint tensor that the tree reads."""
+def expected_tensors(specs: Any) -> dict[str, Source]:
+    """By name, every tensor of the checkpoint that the tree reads."""
     return {
-        name.format(layer=layer): shape
+        name.format(layer=layer, expert=expert): source
         for spec in leaves(specs)
-        for name, shape in spec.sources().items()
+        for name, source in spec.sources().items()
         for layer in spec.layer_indices
+        for expert in spec.expert_indices
     }
 
 
 def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None) -> None:
     """Raises CheckpointError with every missing, left-over and mis-shaped tensor."""
     expected, found = expected_tensors(specs), checkpoint.shapes
-    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    problems = [f"missing: {name} {list(source.shape)}" for name, source in expected.items() if name not in found]
     problems += [
-        f"mis-shaped: {name} is {list(found[name])}, the config asks for {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
+        f"mis-shaped: {name} is {list(found[name])}, the config asks for {list(source.shape)}"
+        for name, source in expected.items()
+        if name in found and not source.accepts(found[name])
     ]
     problems += [
         f"left over: {name} {list(shape)} is not read by this architecture"
@@ -50,8 +51,8 @@ def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None) 
         raise CheckpointError(checkpoint.where, problems)
 
 
-def _fill(out: np.ndarray, spec: WeightSpec, checkpoint: Checkpoint, layer: int | None, box: Sequence[slice]) -> None:
-    """Fill `out` with the part `box` (a slice of each dimension) of one layer's weight."""
+def _fill(out: np.ndarray, spec: WeightSpec, checkpoint: Checkpoint, of: dict[str, Any], box: Sequence[slice]) -> None:
+    """Fill `out` with the part `box` (a slice of each dimension) of the weight of one layer, and of one expert where it has them."""
     axis, window = spec.axis, box[spec.axis]
     start = 0
     for piece in spec.pieces:
@@ -59,16 +60,22 @@ def _fill(out: np.ndarray, spec: WeightSpec, checkpoint: Checkpoint, layer: int 
         if low < high:
             target = [slice(None)] * out.ndim
             target[axis] = slice(low - window.start, high - window.start)
-            out[tuple(target)] = _read(piece, checkpoint, layer, box, axis, low - start, high - start)
+            out[tuple(target)] = _read(piece, checkpoint, of, box, axis, low - start, high - start)
         start += piece.size
 
 
-def _read(piece: Piece, checkpoint: Checkpoint, layer: int | None, box, axis: int, low: int, high: int) -> Any:
+def _read(piece: Piece, checkpoint: Checkpoint, of: dict[str, Any], box, axis: int, low: int, high: int) -> Any:
     if piece.source is None:
         return 0
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return checkpoint.read(name, index if inside is None else (inside, *index))
+
+    # Of a tensor that holds all experts, one.
+    inside = None if "{expert}" in piece.source.name else of["expert"]
     index = list(box)
     index[axis] = slice(piece.start + low, piece.start + high)
-    return checkpoint.read(piece.source.name.format(layer=layer), tuple(index))
+    return piece.source.read(read, piece.source.name.format(**of), tuple(index))
 
 
 def load_weight(spec: WeightSpec, checkpoint: Checkpoint, mesh: Mesh) -> jax.Array:
@@ -76,12 +83,12 @@ def load_weight(spec: WeightSpec, checkpoint: Checkpoint, mesh: Mesh) -> jax.Arr
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         full = [slice(*s.indices(n)[:2]) for s, n in zip(index, spec.device_shape, strict=True)]
-        stacked, box = (full[:1], full[1:]) if spec.layers is not None else ([], full)
+        stacked, box = full[: -len(spec.shape)], full[-len(spec.shape) :]
         out = np.zeros([s.stop - s.start for s in full], spec.dtype)
-        if not stacked:
-            _fill(out, spec, checkpoint, spec.layer, box)
-        for i, layer in enumerate(range(stacked[0].start, stacked[0].stop) if stacked else ()):
-            _fill(out[i], spec, checkpoint, layer, box)
+        for at in np.ndindex(*out.shape[: len(stacked)]):
+            found = [s.start + i for s, i in zip(stacked, at, strict=True)]
+            layer = spec.layer if spec.layers is None else spec.first_layer + found[0]
+            _fill(out[at], spec, checkpoint, dict(layer=layer, expert=None if spec.experts is None else found[-1]), box)
         return out
 
     abstract = spec.abstract(mesh)

@@ -53,6 +53,7 @@ def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
         jnp.dtype(str(model_config.dtype).removeprefix("torch.")),
         model_config.max_model_len,
         TpuConfig.from_vllm(vllm_config).scan_layers,
+        expert_parallel=vllm_config.parallel_config.enable_expert_parallel,
     )
     return model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
 
