@@ -31,6 +31,7 @@ _LLAMA3 = dict(
     original_max_position_embeddings=64,
 )  # fmt: skip
 _YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+_FULL_YARN = dict(_YARN, beta_fast=32.0, beta_slow=1.0, truncate=False)
 _GEMMA = dict(num_attention_heads=4, num_key_value_heads=2, query_pre_attn_scalar=80, sliding_window=24)
 
 _MOE = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=43)
@@ -58,7 +59,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": (
         "GptOssConfig",
         dict(
-            num_local_experts=8, num_experts_per_tok=3, intermediate_size=43, sliding_window=24, rope_parameters=_YARN
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            intermediate_size=43,
+            sliding_window=24,
+            rope_parameters=_FULL_YARN,
         ),
     ),
 }
