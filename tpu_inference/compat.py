@@ -15,6 +15,7 @@
 | `Tensor.type_as` of torchax | `import_torchax` | torchax 0.0.13 changes the tensor itself, and knows no views | torchax returns another |
 | `transformers_moe_forward` by its Python function | `operations_that_call_modules` | torch's dispatcher leaves torchax before the experts are called | it is a method again |
 | DBRX's experts renamed | `as_loader_looks_for` | vLLM's class loads them by the names of before they became a module's | its `load_weights` finds them |
+| which layers a quantization leaves out | `fp8_skips`, `online_skips`, `compressed_tensors_target` | vLLM asks with its own modules at hand | a config answers for a name |
 | one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
 | `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
 | loading of custom logits processors | `custom_logits_processors` | vLLM drops them silently for TPU; the runner serves them | a platform can say that it does |
@@ -243,6 +244,33 @@ def operations_that_call_modules() -> dict[Any, Callable[..., Any]]:
     return (
         {} if experts is None else {torch.ops.vllm.transformers_moe_forward.default: experts._transformers_moe_forward}
     )
+
+
+def fp8_skips(config: Any, layer: str) -> bool:
+    """Whether vLLM's Fp8Config leaves the linear layer of that name as it is."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+    return is_layer_skipped(layer, config.ignored_layers, match_mode=config.ignored_layers_match_mode)
+
+
+def online_skips(config: Any, layer: str) -> bool:
+    """Whether vLLM's OnlineQuantizationConfig leaves the linear layer of that name as it is."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
+
+    return should_ignore_layer(layer, config.ignored_layers, use_fnmatch=True)
+
+
+def compressed_tensors_target(config: Any, layer: str) -> str | None:
+    """The key of `config.target_scheme_map` that a linear layer of that name has; None where it is not quantized."""
+    import torch
+    from vllm.model_executor.layers.quantization.compressed_tensors.utils import (
+        find_matched_target,
+        should_ignore_layer,
+    )
+
+    if should_ignore_layer(layer, config.ignore):
+        return None
+    return find_matched_target(layer, torch.nn.Linear(1, 1), config.target_scheme_map)
 
 
 _STALE_NAMES = {"DbrxForCausalLM": (".experts.mlp.", ".experts.routed_experts.mlp.")}

@@ -57,8 +57,6 @@ EXAMPLES = {
     "pooler_config": {"pooling_type": "LAST"},
     "prefill_context_parallel_size": 2,
     "pt_load_map_location": "cuda",
-    "quantization": "fp8",
-    "quantization_config": {},
     "replayssm_buffer_len": 8,
     "sleep_preserve_parameter_names": ["lm_head*"],
     "sparse_indexer_topk_backend": "triton",

@@ -223,7 +223,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "state-space (Mamba-like) layers",
         "use a model of attention layers only",
     ),
-    Refusal(_of_model(lambda m: m.quantization), "quantization ({})", "use an unquantized checkpoint"),
     Refusal(
         _of_model(lambda m: m.enable_prompt_embeds), "prompts given as embeddings", "remove --enable-prompt-embeds"
     ),
@@ -273,6 +272,7 @@ def refuse_unserved(config: "VllmConfig") -> None:
     TpuConfig.from_vllm(config)
     warn_of_flags_without_effect(config)
     if config.model_config is not None:
-        from tpu_inference.models.common.vllm_loader import implementation
+        from tpu_inference.models.common.vllm_loader import implementation, refuse_quantization
 
         implementation(config)
+        refuse_quantization(config)

@@ -55,6 +55,7 @@ SERVED: dict[str, str] = {
     "max_num_scheduled_tokens": "",
     "max_num_seqs": "decides which shapes are compiled",
     "model": "see Supported models",
+    "allow_deprecated_quantization": "none that is deprecated is served",
     "model_impl": "`auto` or `vllm`; `transformers` and `terratorch` are refused",
     "model_weights": "set by vLLM for models in object storage",
     "num_gpu_blocks_override": "",
@@ -69,6 +70,8 @@ SERVED: dict[str, str] = {
     "reasoning_parser": "",
     "reasoning_parser_plugin": "",
     "renderer_num_workers": "",
+    "quantization": "see Quantization",
+    "quantization_config": "`linear` and `ignore`, with `--quantization online` or `fp8_per_channel`: see Quantization",
     "revision": "",
     "runner": "`auto` or `generate`; others are refused",
     "scheduler_cls": "",
@@ -226,8 +229,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "pooler_config": ("model_config.pooler_config", "pooling models are not served"),
     "prefill_context_parallel_size": ("", "use --tensor-parallel-size"),
     "pt_load_map_location": ("load_config.pt_load_map_location", "files are read by the host, then go to the devices"),
-    "quantization": ("", "use an unquantized checkpoint"),
-    "quantization_config": ("model_config.quantization_config", "use an unquantized checkpoint"),
     "ray_workers_use_nsight": ("parallel_config.ray_workers_use_nsight", "use a profile: see Operating"),
     "replayssm_buffer_len": ("cache_config.replayssm_buffer_len", _MAMBA),
     "return_sampling_mask": ("", "it is not kept"),
@@ -261,7 +262,6 @@ PART_OF: dict[str, str] = {
     "kv_offloading_size": "kv_offloading_backend",
     "cpu_offload_gb": "cpu_offload_params offload_backend",
     "offload_group_size": "offload_num_in_group offload_params offload_prefetch_step",
-    "quantization": "allow_deprecated_quantization",
     "speculative_config": "per_request_spec_decode_metrics spec_method spec_model spec_tokens",
     "models with multimodal input": "allowed_local_media_path allowed_media_domains disable_chunked_mm_input ec_manager_config enable_mm_embeds "
     "enable_mm_processor_stats interleave_mm_strings language_model_only limit_mm_per_prompt media_io_kwargs mm_device_do_normalize "

@@ -21,6 +21,7 @@ from tpu_inference.compat import (
     quiet_torch_accelerator,
 )
 from tpu_inference.logger import init_logger, log_once
+from tpu_inference.models.common.quantization import SERVED, QuantizationError
 from tpu_inference.platforms.checks import SERVED_DTYPES, is_served, refuse_unserved
 from tpu_inference.runner import metrics
 
@@ -74,7 +75,7 @@ class TpuPlatform(Platform):
     simple_compile_backend = "eager"
     device_control_env_var = "TPU_VISIBLE_CHIPS"
     additional_env_vars: list[str] = envs.forwarded()
-    supported_quantization: list[str] = []  # noqa: RUF012
+    supported_quantization: list[str] = list(SERVED)  # noqa: RUF012
     _vocab_size: int | None = None
     _logits_processors: Any = None
 
@@ -84,6 +85,12 @@ class TpuPlatform(Platform):
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
         return SERVED_DTYPES
+
+    @classmethod
+    def verify_quantization(cls, quant: str) -> None:
+        """Raises QuantizationError, with what is served instead."""
+        if quant not in SERVED:
+            raise QuantizationError(f"The quantization {quant!r}")
 
     # What the device is.
 

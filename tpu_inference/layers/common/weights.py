@@ -83,8 +83,8 @@ class WeightSpec:
     """Experts stacked in front of `shape`, behind the layers; `shape`, `axes` and `axis` are of one expert's weight."""
     experts_axis: str | None = None
     """Logical axis of that dimension."""
-    init: Literal["normal", "zeros", "ones"] = field(default="normal")
-    """Dummy value: N(0, 0.02), or a constant."""
+    init: Literal["normal", "zeros", "ones", "scales"] = field(default="normal")
+    """Dummy value: N(0, 0.02), or whole numbers where the dtype has no others; a constant, which for scales is one that makes 0.02 of those."""
 
     def __post_init__(self) -> None:
         total = sum(piece.size for piece in self.pieces)

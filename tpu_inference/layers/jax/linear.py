@@ -6,13 +6,15 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from tpu_inference.kernels.quantized_matmul import quantized_matmul
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.linear import matmul
+from tpu_inference.layers.common.quantization import quantized
 from tpu_inference.layers.common.weights import Piece, WeightSpec
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b), W [out, in] assembled from `pieces` along `axis` (0: out, 1: in)."""
+    """y = x W^T (+ b), W [out, in] assembled from `pieces` along `axis` (0: out, 1: in), and quantized where the context says so."""
 
     def __init__(
         self,
@@ -24,12 +26,23 @@ class Linear(nnx.Module):
         axis: int = 0,
         bias: Sequence[Piece] | None = None,
     ) -> None:
-        self.accumulate_dtype = ctx.accumulate_dtype
-        self.weight = nnx.Param(WeightSpec(shape, ctx.dtype, axes, tuple(pieces), axis))
+        self.accumulate_dtype, self.implementation = ctx.accumulate_dtype, ctx.implementation
+        weight, scales = WeightSpec(shape, ctx.dtype, axes, tuple(pieces), axis), None
+        scheme = ctx.quantization and ctx.quantization.of_weight(weight.pieces)
+        if scheme:
+            weight, scales = quantized(weight, scheme, ctx.shards)
+        self.activations = scheme.activations if scheme else None
+        self.weight, self.scales = nnx.Param(weight), nnx.Param(scales) if scales else None
         spec = bias and WeightSpec(shape[:1], ctx.dtype, axes[:1], tuple(bias), init="zeros")
         self.bias = nnx.Param(spec) if spec else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, in] -> [T, out]."""
-        y = matmul(x, self.weight[...], self.accumulate_dtype)
+        if self.scales is None:
+            y = matmul(x, self.weight[...], self.accumulate_dtype)
+        else:
+            y = quantized_matmul(
+                x, self.weight[...], self.scales[...], activations=self.activations,
+                accumulate_dtype=self.accumulate_dtype, implementation=self.implementation,
+            )  # fmt: skip
         return y if self.bias is None else y + self.bias[...]

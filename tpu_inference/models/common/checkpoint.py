@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
 
+_BYTES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -29,11 +31,22 @@ class _SafetensorsFile:
     def __init__(self, path: str) -> None:
         from safetensors import safe_open
 
-        self._file = safe_open(path, framework="numpy")
+        self._file, self._path = safe_open(path, framework="numpy"), path
         self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if (kept := _BYTES.get(self._file.get_slice(name).get_dtype())) is not None:
+            return self._read_bytes(name, index).view(kept)
         return self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
+
+    def _read_bytes(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Of types that safetensors knows in torch alone."""
+        import torch
+        from safetensors import safe_open
+
+        with safe_open(self._path, framework="pt") as file:
+            tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+        return tensor.contiguous().view(torch.uint8).numpy()
 
 
 class _TorchFile:
@@ -46,12 +59,13 @@ class _TorchFile:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        import ml_dtypes
         import torch
 
         tensor = self._tensors[name].detach()[index].contiguous()
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            return tensor.view(torch.uint8).numpy().view(str(tensor.dtype).removeprefix("torch."))
         return tensor.numpy()
 
 

@@ -13,11 +13,15 @@ from tqdm import tqdm
 
 from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.heads import plan_heads
+from tpu_inference.layers.common.quantization import ScaleSource
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, leaves, map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 
+_STEPS = 2.0
+"""Standard deviation of dummy weights of one byte or less, which scales make 0.02 of."""
+_CONSTANTS = {"zeros": 0.0, "ones": 1.0, "scales": 0.02 / _STEPS}
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Buffers that old checkpoints carry and nothing reads."""
 
@@ -33,8 +37,13 @@ def expected_tensors(specs: Any) -> dict[str, Source]:
     }
 
 
-def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None) -> None:
-    """Raises CheckpointError with every missing, left-over and mis-shaped tensor."""
+def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, unread: Sequence[str] = ()) -> None:
+    """Raises CheckpointError with every missing, left-over and mis-shaped tensor, and every scale that is no number.
+
+    Args:
+        tied_head: name of a head that is not read where it is tied to the embedding.
+        unread: ends of names that a quantized checkpoint has and nothing reads.
+    """
     expected, found = expected_tensors(specs), checkpoint.shapes
     problems = [f"missing: {name} {list(source.shape)}" for name, source in expected.items() if name not in found]
     problems += [
@@ -45,7 +54,14 @@ def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None) 
     problems += [
         f"left over: {name} {list(shape)} is not read by this architecture"
         for name, shape in found.items()
-        if name not in expected and name != tied_head and not IGNORED.search(name)
+        if name not in expected and name != tied_head and not IGNORED.search(name) and not name.endswith(tuple(unread))
+    ]
+    problems += [
+        f"not finite: {name} has NaN or infinite scales"
+        for name, source in expected.items()
+        if isinstance(source, ScaleSource)
+        and name in found
+        and not np.isfinite(checkpoint.read(name).astype(np.float32)).all()
     ]
     if problems:
         raise CheckpointError(checkpoint.where, problems)
@@ -68,7 +84,7 @@ def _read(piece: Piece, checkpoint: Checkpoint, of: dict[str, Any], box, axis: i
     if piece.source is None:
         return 0
 
-    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         return checkpoint.read(name, index if inside is None else (inside, *index))
 
     # Of a tensor that holds all experts, one.
@@ -101,8 +117,9 @@ def dummy_weight(spec: WeightSpec, mesh: Mesh, seed: int) -> jax.Array:
 
     def make() -> jax.Array:
         if spec.init != "normal":
-            return jnp.full(abstract.shape, float(spec.init == "ones"), abstract.dtype)
-        return (0.02 * jax.random.normal(jax.random.key(seed), abstract.shape, jnp.float32)).astype(abstract.dtype)
+            return jnp.full(abstract.shape, _CONSTANTS[spec.init], abstract.dtype)
+        size = 0.02 if jnp.dtype(abstract.dtype).itemsize > 1 else _STEPS
+        return (size * jax.random.normal(jax.random.key(seed), abstract.shape, jnp.float32)).astype(abstract.dtype)
 
     return jax.jit(make, out_shardings=abstract.sharding)()
 

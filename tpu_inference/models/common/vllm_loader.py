@@ -22,6 +22,7 @@ from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.models.common.loader import check_tensors, load_params, model_functions
+from tpu_inference.models.common.quantization import QuantizationError, quantization_of
 from tpu_inference.models.common.registry import Implementation, choose_implementation, model_class
 
 logger = init_logger(__name__)
@@ -41,6 +42,12 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
     return choose_implementation(config.architectures, envs.MODEL_IMPL_TYPE if flag == "auto" else flag)
 
 
+def refuse_quantization(vllm_config: VllmConfig) -> None:
+    """Raises QuantizationError for a quantization that is not served, or not with the class that serves the model."""
+    if quantization_of(vllm_config) is not None and (chosen := implementation(vllm_config)).kind == "vllm":
+        raise QuantizationError(f"Quantization of {chosen.architecture}, which vLLM's PyTorch class serves,")
+
+
 def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
     """The JAX model of `vllm_config`, abstract: specs in place of parameters.
 
@@ -53,7 +60,8 @@ def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
         jnp.dtype(str(model_config.dtype).removeprefix("torch.")),
         model_config.max_model_len,
         TpuConfig.from_vllm(vllm_config).scan_layers,
-        expert_parallel=vllm_config.parallel_config.enable_expert_parallel,
+        quantization_of(vllm_config),
+        vllm_config.parallel_config.enable_expert_parallel,
     )
     return model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
 
@@ -101,7 +109,13 @@ def _checked_checkpoint(vllm_config: VllmConfig, module: Decoder) -> Checkpoint:
     """The checkpoint, which has what `module` reads and nothing else; CheckpointError where it does not."""
     checkpoint, names = _checkpoint(vllm_config), module.cfg.names
     specs, _, _ = pure_functions(module)
-    check_tensors(checkpoint, specs, tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None)
+    quantization = quantization_of(vllm_config)
+    check_tensors(
+        checkpoint,
+        specs,
+        tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None,
+        unread=quantization.unread if quantization else (),
+    )
     return checkpoint
 
 

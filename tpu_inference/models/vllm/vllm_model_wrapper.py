@@ -178,7 +178,9 @@ def build(vllm_config: VllmConfig, mesh: Mesh, expert_parallel: bool = False) ->
     start_torch_alone(vllm_config)
     model_config = vllm_config.model_config
     scan_layers = TpuConfig.from_vllm(vllm_config).scan_layers
-    ctx = BuildContext(mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers, expert_parallel)
+    ctx = BuildContext(
+        mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers, expert_parallel=expert_parallel
+    )
     vllm_config.compilation_config.static_forward_context.clear()
     with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
         model = initialize_model(vllm_config).eval().requires_grad_(False)

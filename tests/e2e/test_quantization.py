@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized checkpoints, and unquantized ones that are quantized at load, through vLLM's engine."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+from helpers import quantized_models
+from helpers.engines import engine, tokens
+from helpers.quantized_models import KINDS
+from helpers.tiny_models import prompts
+from tpu_inference.models.common.checkpoint import CheckpointError
+
+COUNT = 24
+SLOW = set(KINDS) - {"fp8-block", "int8-channel", "int4-group"}
+
+
+@pytest.fixture(scope="module")
+def quantized(zoo, tmp_path_factory):
+    """kind -> (the quantized checkpoint, its twin in bfloat16)."""
+    directory = tmp_path_factory.mktemp("quantized")
+    return lambda kind, **options: quantized_models.save(zoo("llama@even"), kind, directory, **options)
+
+
+def runner(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def answers(path, **options):
+    with engine(path, dtype="bfloat16", **options) as llm:
+        return tokens(llm, prompts(6), COUNT)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in SLOW else ()) for k in KINDS])
+def test_a_checkpoint_answers_as_its_twin_does(quantized, kind):
+    made, twin = quantized(kind)
+    expected, found = answers(twin), answers(made)
+    if kind == "int8-activations":  # rounded, as the checkpoint asks for
+        same = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x[:4], y[:4], strict=True))
+        assert same >= 0.5 * 4 * len(found)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("where", ["two-devices", "eight-devices"])
+@pytest.mark.parametrize("kind", [pytest.param("fp8-block", marks=pytest.mark.slow), "int4-group"])
+def test_on_several_devices(quantized, kind, where):
+    made, twin = quantized(kind)
+    devices = {"two-devices": 2, "eight-devices": 8}[where]
+    with engine(made, dtype="bfloat16", tensor_parallel_size=devices) as llm:
+        found = tokens(llm, prompts(6), 8)
+    expected = [answer[:8] for answer in answers(twin)]
+    same = sum(a[:2] == b[:2] for a, b in zip(expected, found, strict=True))
+    assert same >= 5, "sums over devices round differently in bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        pytest.param(dict(quantization="fp8_per_channel"), "float8_e4m3fn", marks=pytest.mark.slow),
+        (dict(quantization="online", quantization_config={"linear": "int8_per_channel_static"}), "int8"),
+    ],
+)
+def test_rounded_at_load(zoo, flags, dtype):
+    """Answers begin as those of the whole weights do."""
+    path = zoo("llama@even")
+    expected = answers(path)
+    with engine(path, dtype="bfloat16", **flags) as llm:
+        found = tokens(llm, prompts(6), COUNT)
+        params = runner(llm).functions.params
+    assert sum(leaf.dtype == dtype for leaf in jax.tree.leaves(params)) == 4, "qkv, o, gate and up, down: of all layers"
+    same = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x[:3], y[:3], strict=True))
+    assert same >= 6, "of 18; by chance it would be none"
+
+
+def test_layers_that_are_to_be_left_as_they_are(zoo):
+    quantization = {"linear": "int8_per_channel_static", "ignore": ["*.mlp.*"]}
+    with engine(zoo("llama@even"), dtype="bfloat16", quantization="online", quantization_config=quantization) as llm:
+        params = runner(llm).functions.params
+        assert tokens(llm, prompts(1), 2)
+    assert sum(leaf.dtype == "int8" for leaf in jax.tree.leaves(params)) == 2
+
+
+def spoil(name, change):
+    """A change of checkpoints: of the one tensor whose name ends so."""
+
+    def apply(tensors):
+        (found,) = [key for key in tensors if key.endswith(name)]
+        if (new := change(tensors.pop(found))) is not None:
+            tensors[found] = new
+
+    return apply
+
+
+def test_scales_that_are_missing_or_no_numbers_are_named_together(quantized):
+    def change(tensors):
+        spoil("layers.1.self_attn.k_proj.weight_scale_inv", lambda scales: None)(tensors)
+        spoil("layers.2.mlp.down_proj.weight_scale_inv", lambda scales: scales * float("nan"))(tensors)
+
+    made, _ = quantized("fp8-block", change=change)
+    with pytest.raises(CheckpointError) as caught, engine(made, dtype="bfloat16"):
+        pass
+    problems = sorted(caught.value.problems)
+    assert len(problems) == 2
+    assert "missing: model.layers.1.self_attn.k_proj.weight_scale_inv" in problems[0]
+    assert "not finite: model.layers.2.mlp.down_proj.weight_scale_inv" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("awq", {}, "awq'.*Served are fp8 checkpoints"),
+        ("int4-group", dict(hf_overrides={"intermediate_size": 128}, tensor_parallel_size=8), "groups of 32 columns"),
+        (None, dict(quantization="fp8_per_block"), "fp8_per_block.*Served are"),
+        (None, dict(quantization="online", quantization_config={"linear": "mxfp4"}), "at load by.*Served are"),
+        ("int8-channel", dict(model_impl="vllm"), "PyTorch class.*Served are"),
+    ],
+)
+def test_what_is_not_served(quantized, zoo, tmp_path, kind, options, said):
+    if kind == "awq":
+        made = shutil.copytree(zoo("llama@even"), tmp_path / "awq")
+        config = json.loads((made / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+        (made / "config.json").write_text(json.dumps(config))
+    else:
+        made = zoo("llama@even") if kind is None else quantized(kind)[0]
+    with pytest.raises(Exception, match=f"(?s){said}"), engine(str(made), dtype="bfloat16", **options):
+        pass

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quantized checkpoints hold, read part by part."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.quantization import (
+    PackedSource,
+    Quantization,
+    Scheme,
+    quantized,
+    rounded,
+    scales_of_rows,
+)
+from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
+
+ROWS, COLUMNS = 13, 24
+
+
+def reader(tensor):
+    return lambda name, index=(): tensor[index] if index else tensor
+
+
+@st.composite
+def boxes(draw, rows=ROWS, columns=COLUMNS):
+    def part(size):
+        start = draw(st.integers(0, size - 1))
+        return slice(start, draw(st.integers(start + 1, size)))
+
+    return part(rows), part(columns)
+
+
+@settings(deadline=None)
+@given(boxes(), st.sampled_from([4, 8]))
+def test_any_part_of_packed_values(box, bits):
+    values = np.random.default_rng(0).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (ROWS, COLUMNS))
+    fit = 32 // bits
+    fields = (values + 2 ** (bits - 1)).astype(np.uint64).reshape(ROWS, -1, fit)
+    words = (fields << np.arange(0, 32, bits, dtype=np.uint64)).sum(-1).astype(np.uint32).view(np.int32)
+    source = PackedSource("w", words.shape, bits=bits)
+    assert (source.read(reader(words), "w", box) == values[box]).all()
+
+
+@settings(deadline=None)
+@given(boxes(columns=3), st.sampled_from([(1, 8), (4, 8), (None, 8)]))
+def test_any_part_of_scales_is_repeated_for_rows(box, block):
+    source = Scheme("int8", block).scales(Source("w.weight", (ROWS, COLUMNS)))
+    entries = np.random.default_rng(0).random(source.shape)
+    every = np.repeat(entries, block[0] or ROWS, axis=0)[:ROWS]
+    assert source.name == "w.weight_scale" and source.accepts(entries.shape)
+    assert (source.read(reader(entries), "w", box) == every[box].astype(np.float32)).all()
+
+
+@settings(deadline=None)
+@given(boxes(), st.sampled_from(["int8", "float8_e4m3fn"]))
+def test_a_part_is_rounded_by_the_scale_of_its_whole_row(box, dtype):
+    weight = np.random.default_rng(0).normal(size=(ROWS, COLUMNS)).astype(ml_dtypes.bfloat16)
+    weight[3] = 0
+    scheme, source = Scheme(dtype, at_load=True), Source("w.weight", weight.shape)
+    values = scheme.values(source).read(reader(weight), "w.weight", box)
+    scales = scheme.scales(source).read(reader(weight), "w.weight", (box[0], slice(0, 1)))
+    assert (scales == scales_of_rows(weight, dtype)[box[0]]).all()
+    assert (values == rounded(weight, scales_of_rows(weight, dtype), dtype)[box]).all()
+    error = np.abs(values.astype(np.float32) * scales - weight[box].astype(np.float32))
+    assert (error <= {"int8": 0.51, "float8_e4m3fn": 16.1}[dtype] * scales).all()
+
+
+def spec_of(columns, axis, pieces):
+    return WeightSpec((ROWS, columns), "bfloat16", ("embed", "mlp"), pieces, axis)
+
+
+def test_scales_of_padded_columns():
+    source = Source("w.weight", (ROWS, 16))
+    spec = spec_of(24, 1, (source.piece(0, 16), Piece(8)))
+    values, scales = quantized(spec, Scheme("int8", (1, 8)), shards=1)
+    assert values.shape == (ROWS, 24) and scales.shape == (ROWS, 3)
+    assert [(p.size, p.start, p.source is None) for p in scales.pieces] == [(2, 0, False), (1, 0, True)]
+    assert quantized(spec, Scheme("int8"), shards=1)[1].shape == (ROWS, 1)
+
+
+@pytest.mark.parametrize(("columns", "shards"), [(24, 2), (20, 1)])
+def test_groups_that_are_cut(columns, shards):
+    spec = spec_of(columns, 1, (Source("w.weight", (ROWS, columns)).piece(0, columns),))
+    with pytest.raises(TpuInferenceError, match="groups of 8 columns"):
+        quantized(spec, Scheme("int8", (1, 8)), shards)
+
+
+def test_layers_that_are_not_alike():
+    pieces = (Source("layers.{layer}.weight", (ROWS, 8)).piece(0, ROWS),)
+    scheme = Scheme("int8")
+    assert Quantization(lambda name: scheme, 3).of_weight(pieces) == scheme
+    with pytest.raises(TpuInferenceError, match=r"layers\.2 by None|layers\.1 by int8"):
+        Quantization(lambda name: None if name == "layers.2" else scheme, 3).of_weight(pieces)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""By XLA, which converts weights on their way into the matrix unit: on TPU they are read from HBM as they are stored."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tpu_inference.kernels.quantized_matmul.reference import round_rows
+
+
+def _dot(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def quantized_matmul_xla(
+    x: jax.Array, values: jax.Array, scales: jax.Array, *, activations: str | None, accumulate_dtype: Any
+) -> jax.Array:
+    """See `quantized_matmul`."""
+    groups = scales.shape[1]
+    if activations:
+        rounded, row_scales = round_rows(x)
+        product = _dot(rounded, values, jnp.int32).astype(jnp.float32) * row_scales
+    elif groups == 1 and x.shape[0] == 1 and x.dtype == jnp.bfloat16 and accumulate_dtype == jnp.float32:
+        # One row on the CPU backend: summed as it is read, where a product would convert the whole weight first.
+        product = (values.astype(jnp.float32) * x.astype(jnp.float32)).sum(1)[None]
+    elif groups == 1:
+        product = _dot(x, values.astype(x.dtype), accumulate_dtype)
+    else:
+        every = jnp.repeat(scales, values.shape[1] // groups, axis=1)
+        return _dot(x, (values.astype(jnp.float32) * every).astype(x.dtype), accumulate_dtype).astype(x.dtype)
+    return (product.astype(jnp.float32) * scales[:, 0]).astype(x.dtype)

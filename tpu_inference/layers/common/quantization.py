@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized weights of linear layers: how checkpoints store them, and what the device holds.
+
+The device holds `values` [out, in] of one byte, four-bit ones too, and `scales` float32 [out, groups], whatever the checkpoint's
+granularity is: scales of a tensor or of blocks of rows are repeated for each row. Both are assembled from pieces, as any weight is;
+the sources below turn what is read into rows.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
+
+Read = Callable[..., np.ndarray]
+GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""Of values that weights are rounded to at load."""
+_ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class ScaleSource(Source):
+    """Scales of a weight [rows, columns]: `shape` is (entries, groups), and an entry is of `rows_of_entry` neighbouring rows."""
+
+    rows_of_entry: int = 1
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        return math.prod(shape) == math.prod(self.shape)
+
+    def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        entries = read(name).astype(np.float32).reshape(self.shape)
+        rows, columns = index
+        first = rows.start // self.rows_of_entry
+        wanted = entries[first : -(-rows.stop // self.rows_of_entry), columns]
+        start = rows.start - first * self.rows_of_entry
+        return np.repeat(wanted, self.rows_of_entry, axis=0)[start : start + rows.stop - rows.start]
+
+
+@dataclass(frozen=True)
+class PackedSource(Source):
+    """Values of so many bits, as many as fit into an int32, from the lowest bits on and counted from the least of them; `shape` is [rows, words]."""
+
+    bits: int = 4
+
+    def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        bits, fit = self.bits, 32 // self.bits
+        first = columns.start // fit
+        words = read(name, (rows, slice(first, -(-columns.stop // fit)))).view(np.uint32)
+        fields = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
+        values = fields.reshape(words.shape[0], -1).astype(np.int16) - 2 ** (bits - 1)
+        return values[:, columns.start - first * fit :][:, : columns.stop - columns.start].astype(np.int8)
+
+
+def scales_of_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 [rows, 1]: what the greatest value of `dtype` means in each row."""
+    return np.abs(weight.astype(np.float32)).max(axis=1, keepdims=True) / GREATEST[dtype]
+
+
+def rounded(weight: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
+    """`weight / scales` in `dtype`; rows of zeros stay so."""
+    values = weight.astype(np.float32) / np.where(scales == 0, 1, scales)
+    return (np.rint(values) if dtype == "int8" else values).astype(np.dtype(dtype))
+
+
+@dataclass(frozen=True)
+class _RoundedAtLoad(Source):
+    """Of a weight that the checkpoint has in full. A row's scale is that of the whole row, whichever part of it is asked for."""
+
+    dtype: str = "int8"
+    wants_scales: bool = False
+
+    def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        parts = []
+        for start in range(rows.start, rows.stop, _ROWS_AT_A_TIME):
+            whole = read(name, (slice(start, min(start + _ROWS_AT_A_TIME, rows.stop)), slice(0, self.shape[1])))
+            scales = scales_of_rows(whole, self.dtype)
+            parts.append(scales if self.wants_scales else rounded(whole[:, columns], scales, self.dtype))
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way of storing the weights of linear layers."""
+
+    dtype: str
+    """Of the values on the device."""
+    block: tuple[int | None, int | None] = (1, None)
+    """Rows and columns of the weight that share a scale; None for all of them."""
+    activations: str | None = None
+    """As `quantized_matmul` takes it."""
+    at_load: bool = False
+    """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row."""
+    packed: int = 0
+    """Bits of a value where they are stored as `PackedSource` reads them, else 0."""
+    values_name: str = "weight"
+    scales_name: str = "weight_scale"
+
+    def groups(self, columns: int) -> int:
+        """Scales of a row."""
+        return 1 if self.block[1] is None else -(-columns // self.block[1])
+
+    def values(self, source: Source) -> Source:
+        """What the checkpoint has in place of the weight `source`."""
+        if self.at_load:
+            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype)
+        name = source.name.removesuffix("weight") + self.values_name
+        if self.packed:
+            words = -(-source.shape[1] * self.packed // 32)
+            return PackedSource(name, (source.shape[0], words), source.offset, self.packed)
+        return replace(source, name=name)
+
+    def scales(self, source: Source) -> Source:
+        """Its scales."""
+        if self.at_load:
+            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, wants_scales=True)
+        rows_of_entry = self.block[0] or source.shape[0]
+        shape = (-(-source.shape[0] // rows_of_entry), self.groups(source.shape[1]))
+        return ScaleSource(source.name.removesuffix("weight") + self.scales_name, shape, source.offset, rows_of_entry)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Which linear layers are quantized, and how."""
+
+    scheme_of: Callable[[str], Scheme | None]
+    """Of a layer's name in the checkpoint."""
+    num_layers: int
+    unread: tuple[str, ...] = ()
+    """Ends of names of tensors that such checkpoints have and nothing here reads."""
+
+    def of_weight(self, pieces: tuple[Piece, ...]) -> Scheme | None:
+        """The one scheme of what a weight is assembled from, in every layer.
+
+        Raises:
+            TpuInferenceError: there are several.
+        """
+        names = {piece.source.name.removesuffix(".weight") for piece in pieces if piece.source is not None}
+        found = {name.format(layer=i): None for name in names for i in range(self.num_layers)}
+        schemes = {name: self.scheme_of(name) for name in found}
+        if len(set(schemes.values())) > 1:
+            by_scheme = {scheme: name for name, scheme in schemes.items()}
+            raise TpuInferenceError(
+                "Layers of one kind are quantized in different ways: "
+                + ", ".join(f"{name} by {scheme and scheme.dtype}" for scheme, name in by_scheme.items())
+                + ". Use a checkpoint in which all layers are alike, or --model-impl vllm with an unquantized one."
+            )
+        return next(iter(schemes.values()), None)
+
+
+def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec, WeightSpec]:
+    """(values, scales) in place of a weight [out, in].
+
+    Raises:
+        TpuInferenceError: groups of columns that a piece or a device would have a part of.
+    """
+    groups, (rows, columns) = scheme.groups(spec.shape[1]), spec.shape
+    pieces = tuple(
+        piece if piece.source is None else replace(piece, source=scheme.values(piece.source)) for piece in spec.pieces
+    )
+    values = replace(spec, dtype=np.dtype(scheme.dtype), pieces=pieces)
+    axis, scale_pieces = (
+        spec.axis,
+        tuple(
+            piece if piece.source is None else replace(piece, source=scheme.scales(piece.source))
+            for piece in spec.pieces
+        ),
+    )
+    if spec.axis == 1 and groups == 1:
+        source = next(piece.source for piece in scale_pieces if piece.source is not None)
+        axis, scale_pieces = 0, (Piece(rows, source),)
+    elif groups > 1:
+        size = scheme.block[1] or columns
+        _check_groups(spec, size, shards)
+        if spec.axis == 1:
+            scale_pieces = tuple(replace(p, size=p.size // size, start=p.start // size) for p in scale_pieces)
+    scales = WeightSpec(
+        (rows, groups),
+        np.float32,
+        (spec.axes[0], spec.axes[1] if groups > 1 else None),
+        scale_pieces,
+        axis,
+        init="scales",
+    )
+    return values, scales
+
+
+def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:
+    name = next(piece.source.name for piece in spec.pieces if piece.source is not None)
+    whole = [spec.shape[1]]
+    if spec.axes[1] not in (None, "embed"):
+        whole.append(spec.shape[1] // shards)
+    if spec.axis == 1:
+        whole += [n for piece in spec.pieces for n in (piece.size, piece.start)]
+    if any(n % size for n in whole):
+        raise TpuInferenceError(
+            f"{name} is quantized in groups of {size} columns, which {spec.shape[1]} columns on {shards} devices are not divided into: "
+            "use a smaller --tensor-parallel-size."
+        )

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From vLLM's reading of a checkpoint's quantization, or of --quantization, to what the layers hold."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tpu_inference import compat
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.quantization import Quantization, Scheme
+
+SERVED = ("fp8", "compressed-tensors", "fp8_per_channel", "online")
+"""vLLM's names: the first two are of checkpoints, the others are asked for with --quantization and rounded at load."""
+TABLE = (
+    "fp8 checkpoints with a scale a tensor or a block; compressed-tensors of int8 (W8A8, W8A16), fp8 (W8A8, W8A16) and "
+    "int4 (W4A16) with symmetric weights; and at load --quantization fp8_per_channel, or --quantization online with --quantization-config "
+    """'{"linear": "int8_per_channel_static"}' or '{"linear": "fp8_per_channel_static"}'"""
+)
+_UNREAD = (".input_scale", ".k_scale", ".v_scale", ".weight_shape")
+_FP8 = "float8_e4m3fn"
+
+
+class QuantizationError(TpuInferenceError):
+    """A way of quantizing that is not served."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} is not served by tpu_inference. Served are {TABLE}.")
+
+
+def quantization_of(vllm_config: Any) -> Quantization | None:
+    """What `vllm_config.quant_config` says; None for a model that is not quantized.
+
+    Raises:
+        QuantizationError: a scheme that is not served, with those that are.
+    """
+    config = vllm_config.quant_config
+    if config is None:
+        return None
+    name = config.get_name()
+    if name not in _READERS:
+        raise QuantizationError(f"The quantization {name!r}")
+    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    return Quantization(_READERS[name](config), layers, _UNREAD)
+
+
+def _fp8(config: Any) -> Callable[[str], Scheme | None]:
+    block = config.weight_block_size
+    if config.store_dtype not in (None, "fp8"):
+        raise QuantizationError(f"fp8 with store_dtype={config.store_dtype!r}")
+    scheme = Scheme(_FP8, tuple(block), scales_name="weight_scale_inv") if block else Scheme(_FP8, (None, None))
+    return lambda layer: None if compat.fp8_skips(config, layer) else scheme
+
+
+def _online(config: Any) -> Callable[[str], Scheme | None]:
+    args = config.args
+    if args.targets is not None:
+        raise QuantizationError("quantization_config with targets")
+    if args.linear is None:
+        raise QuantizationError("Quantization at load of experts alone")
+    if args.linear.activation is not None:
+        raise QuantizationError(f"Quantization at load with activations in {args.linear.activation}")
+    dtype = {"fp8_per_channel_static": _FP8, "int8_per_channel_static": "int8"}.get(str(args.linear))
+    if dtype is None:
+        raise QuantizationError(f"Quantization at load by {args.linear}")
+    scheme = Scheme(dtype, at_load=True)
+    return lambda layer: None if compat.online_skips(config, layer) else scheme
+
+
+def _compressed_tensors(config: Any) -> Callable[[str], Scheme | None]:
+    schemes = {
+        target: _compressed_scheme(found["weights"], found["input_activations"], found["format"] or config.quant_format)
+        for target, found in config.target_scheme_map.items()
+    }
+
+    def scheme_of(layer: str) -> Scheme | None:
+        target = compat.compressed_tensors_target(config, layer)
+        return None if target is None else schemes[target]
+
+    return scheme_of
+
+
+_BLOCKS: dict[str, Callable[[Any], tuple[int | None, int | None]]] = {
+    "tensor": lambda weights: (None, None),
+    "channel": lambda weights: (1, None),
+    "group": lambda weights: (1, weights.group_size),
+    "block": lambda weights: tuple(weights.block_structure),
+}
+
+
+def _compressed_scheme(weights: Any, activations: Any, layout: str) -> Scheme:
+    kind, strategy = f"{weights.type}{weights.num_bits}", str(weights.strategy)
+    what = f"compressed-tensors {layout} of {kind} by {strategy}"
+    dtype = {"int8": "int8", "int4": "int8", "float8": _FP8}.get(kind)
+    packed = layout == "pack-quantized"
+    if dtype is None or strategy not in _BLOCKS or (packed and kind == "float8") or (kind == "int4" and not packed):
+        raise QuantizationError(what)
+    if not weights.symmetric:
+        raise QuantizationError(f"{what} with zero points")
+    if activations is not None and (kind == "int4" or (kind == "int8" and not activations.dynamic)):
+        raise QuantizationError(
+            f"{what} with activations of {activations.num_bits} bits"
+            + ("" if activations.dynamic else " and fixed scales")
+        )
+    return Scheme(
+        dtype,
+        _BLOCKS[strategy](weights),
+        activations="int8" if kind == "int8" and activations is not None else None,
+        packed=weights.num_bits if packed else 0,
+        values_name="weight_packed" if packed else "weight",
+    )
+
+
+_READERS: dict[str, Callable[[Any], Callable[[str], Scheme | None]]] = {
+    "fp8": _fp8,
+    "online": _online,
+    "compressed-tensors": _compressed_tensors,
+}
