@@ -167,17 +167,20 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
     alone = copy.copy(vllm_config)
     alone.parallel_config = copy.copy(vllm_config.parallel_config)
     alone.parallel_config.tensor_parallel_size = alone.parallel_config.world_size = 1
+    alone.parallel_config.enable_expert_parallel = False
     alone.device_config = copy.copy(vllm_config.device_config)
     alone.device_config.device = torch.device("cpu")  # where the module is built; vLLM has None for TPU
     return alone
 
 
-def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildContext]:
+def build(vllm_config: VllmConfig, mesh: Mesh, expert_parallel: bool = False) -> tuple[torch.nn.Module, BuildContext]:
     """vLLM's module, its parameters allocated and not written, its layers computing by ours."""
     start_torch_alone(vllm_config)
     model_config = vllm_config.model_config
     scan_layers = TpuConfig.from_vllm(vllm_config).scan_layers
-    ctx = BuildContext(mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers)
+    ctx = BuildContext(
+        mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers, expert_parallel=expert_parallel
+    )
     vllm_config.compilation_config.static_forward_context.clear()
     with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
         model = initialize_model(vllm_config).eval().requires_grad_(False)
@@ -186,7 +189,7 @@ def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildCo
         if layer.impl.sinks is not None:
             layer.register_parameter("sinks_of_impl", layer.impl.sinks)
     use_shells(model, ctx.shards, ctx.accumulate_dtype)
-    use_expert_shells(model, mesh, ctx.accumulate_dtype)
+    use_expert_shells(model, mesh, ctx.accumulate_dtype, expert_parallel=ctx.expert_parallel)
     register_loose_tensors(model)
     return model, ctx
 
@@ -270,7 +273,7 @@ def prepare(vllm_config: VllmConfig, mesh: Mesh) -> tuple[TracedModule, DeviceSt
         TpuInferenceError: what the model asks of its layers is not served.
     """
     alone = _undivided(vllm_config)
-    model, ctx = build(alone, mesh)
+    model, ctx = build(alone, mesh, vllm_config.parallel_config.enable_expert_parallel)
     state = DeviceState(model, mesh)
     traced = TracedModule(model, alone, mesh)
     if ctx.scans and (repeats := traced.find_repeats(state.abstract())):
