@@ -246,6 +246,21 @@ def operations_that_call_modules() -> dict[Any, Callable[..., Any]]:
     )
 
 
+def counts_nans() -> bool:
+    """Whether vLLM's environment asks for NaNs among logits to be counted (VLLM_COMPUTE_NANS_IN_LOGITS, VLLM_RAISE_ON_LOGIT_NANS)."""
+    import vllm.envs
+
+    return vllm.envs.VLLM_COMPUTE_NANS_IN_LOGITS
+
+
+def raise_if_nans(counts: dict[str, int]) -> None:
+    """RuntimeError for requests with NaNs, where vLLM's environment asks for it."""
+    import vllm.envs
+
+    if vllm.envs.VLLM_RAISE_ON_LOGIT_NANS and any(counts.values()):
+        raise RuntimeError(f"NaNs detected in logits: { {request: n for request, n in counts.items() if n} }")
+
+
 def fp8_skips(config: Any, layer: str) -> bool:
     """Whether vLLM's Fp8Config leaves the linear layer of that name as it is."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
