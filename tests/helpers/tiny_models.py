@@ -83,13 +83,13 @@ that the Pallas kernels serve; sizes that groups of quantized columns divide, on
 is the embedding, as vLLM's class of Gemma 2 has it."""
 
 
-def build(name: str) -> torch.nn.Module:
-    """A float32 model with random weights, scaled so that greedy decoding wanders."""
+def build(name: str, **changes: Any) -> torch.nn.Module:
+    """A float32 model with random weights, scaled so that greedy decoding wanders; its config has `changes`."""
     import transformers
 
     name, _, variant = name.partition("@")
     kind, extra = FAMILIES[name]
-    fields = {**_COMMON, **extra, **VARIANTS[variant]}
+    fields = {**_COMMON, **extra, **VARIANTS[variant], **changes}
     if variant == "deep" and "layer_types" in fields:  # the pattern once more, and the layer it begins with
         fields["layer_types"] = fields["layer_types"] * 2 + fields["layer_types"][:1]
         fields["num_hidden_layers"] = len(fields["layer_types"])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """JAX models with experts, step by step, against transformers on the same float32 weights: one device or many, experts or their widths divided."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from helpers import tiny_models
 from helpers.pytorch_models import Stepper, mesh, vllm_config
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.mxfp4 import dequantize
 from tpu_inference.layers.common.weights import leaves
 from tpu_inference.layers.jax.decoder import pure_functions
 from tpu_inference.models.common.registry import model_class
@@ -109,3 +112,55 @@ def test_layers_of_both_kinds_are_scanned_in_runs(zoo):
 def test_another_clamp_of_gpt_oss_is_refused(zoo):
     with pytest.raises(TpuInferenceError, match="swiglu_limit"):
         built(zoo("gpt-oss"), swiglu_limit=5.0)
+
+
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory):
+    """(gpt-oss with its experts in MXFP4, what these mean in float32)."""
+    from safetensors.numpy import load_file, save_file
+
+    made, twin = (tmp_path_factory.mktemp(name) for name in ("mxfp4", "float32"))
+    tiny_models.build("gpt-oss@8", intermediate_size=64).save_pretrained(twin)
+    tensors, rng = load_file(twin / "model.safetensors"), np.random.default_rng(7)
+    packed = {name: tensor for name, tensor in tensors.items() if not name.endswith("_proj") or ".experts." not in name}
+    for name in tensors.keys() - packed.keys():
+        experts, columns, rows = tensors[name].shape
+        blocks = rng.integers(0, 256, (experts, rows, columns // 32, 16), dtype=np.uint8)
+        scales = rng.integers(123, 127, (experts, rows, columns // 32), dtype=np.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        both = zip(blocks, scales, strict=True)
+        tensors[name] = np.stack([np.ascontiguousarray(dequantize(*expert).T) for expert in both])
+    save_file(packed, made / "model.safetensors", {"format": "pt"})
+    save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+    config = json.loads((twin / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    return str(made), str(twin)
+
+
+@pytest.mark.parametrize(("shards", "expert_parallel"), [(8, False), (4, True)])
+def test_mxfp4_is_what_it_means(mxfp4, shards, expert_parallel):
+    made, twin = (
+        load_model(
+            vllm_config(
+                path,
+                dtype="bfloat16",
+                model_impl="auto",
+                tensor_parallel_size=shards,
+                enable_expert_parallel=expert_parallel,
+            ),
+            mesh(shards),
+        ).params
+        for path in mxfp4
+    )
+    jax.tree.map(np.testing.assert_array_equal, made, twin)
+
+
+def test_mxfp4_by_vllms_class_is_refused(mxfp4):
+    with pytest.raises(Exception, match="MXFP4"):
+        load_model(vllm_config(mxfp4[0], dtype="bfloat16"), mesh())
+
+
+def test_other_quantized_experts_are_refused(zoo):
+    with pytest.raises(TpuInferenceError, match="Quantized models with experts"):
+        config = vllm_config(zoo("mixtral@8"), dtype="bfloat16", model_impl="auto", quantization="fp8_per_channel")
+        load_model(config, mesh(), dummy=True)

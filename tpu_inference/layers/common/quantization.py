@@ -9,6 +9,7 @@ the sources below turn what is read into rows.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -132,6 +133,8 @@ class Quantization:
     num_layers: int
     unread: tuple[str, ...] = ()
     """Ends of names of tensors that such checkpoints have and nothing here reads."""
+    experts: Literal["mxfp4"] | None = None
+    """How those of gpt-oss are stored; None: quantized models with experts are refused."""
 
     def of_weight(self, pieces: tuple[Piece, ...]) -> Scheme | None:
         """The one scheme of what a weight is assembled from, in every layer.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.linear import matmul
 from tpu_inference.layers.common.moe import (
@@ -18,6 +19,7 @@ from tpu_inference.layers.common.moe import (
     refuse_uneven_experts,
     route,
 )
+from tpu_inference.layers.common.mxfp4 import Mxfp4Source
 from tpu_inference.layers.common.weights import Piece, Source, TransposedSource, WeightSpec, padded
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.mlp import GatedMLP, in_turns
@@ -30,7 +32,7 @@ class MoE(nnx.Module):
     """
 
     def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
-        """Raises TpuInferenceError where expert parallelism does not divide the experts."""
+        """Raises TpuInferenceError where expert parallelism does not divide the experts, or these are quantized in a way that is not served."""
         assert cfg.moe is not None
         self.hidden, self.prefix, self.moe, self.mesh = cfg.hidden_size, f"{cfg.names.layer}.", cfg.moe, ctx.mesh
         self.dtype, self.accumulate_dtype = ctx.dtype, ctx.accumulate_dtype
@@ -38,6 +40,11 @@ class MoE(nnx.Module):
         self.sharding: Sharding = "whole" if ctx.shards == 1 else "experts" if ctx.expert_parallel else "width"
         if self.sharding == "experts":
             refuse_uneven_experts(moe.num_experts, ctx.shards)
+        if ctx.quantization is not None and ctx.quantization.experts is None:
+            raise TpuInferenceError(
+                "Quantized models with experts are not served, except for gpt-oss in MXFP4: use an unquantized checkpoint."
+            )
+        self.mxfp4 = ctx.quantization is not None
         self.shards = ctx.shards if self.sharding == "width" else 1
         self.width = -(-moe.width // self.shards) * self.shards
         self._declare_router()
@@ -68,6 +75,8 @@ class MoE(nnx.Module):
 
     def _source(self, name: str, *shape: int) -> Source:
         """An expert's tensor, or that of all; `shape` is one expert's, [out, in]."""
+        if self.mxfp4 and len(shape) == 2:
+            return Mxfp4Source.of_experts(self.prefix + name, self.moe.num_experts, *shape)
         kind, stored = Source, shape
         if self.moe.transposed and len(shape) == 2:
             kind, stored = TransposedSource, shape[::-1]

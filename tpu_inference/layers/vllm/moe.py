@@ -90,7 +90,13 @@ def use_expert_shells(
 ) -> None:
     """Let the unquantized experts of `model` compute by the method above."""
     for layer in model.modules():
-        if isinstance(layer, RoutedExperts) and isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
-            method = TpuExpertsMethod(layer, mesh, accumulate_dtype, expert_parallel=expert_parallel)
-            del layer.quant_method  # a module, which torch lets nothing else take the place of
-            layer.quant_method = method
+        if not isinstance(layer, RoutedExperts):
+            continue
+        if not isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
+            raise TpuInferenceError(
+                f"Experts quantized as {type(layer.quant_method).__name__} has them are not served with vLLM's PyTorch class: use an "
+                "unquantized checkpoint, or for gpt-oss in MXFP4 the JAX class (--model-impl auto)."
+            )
+        method = TpuExpertsMethod(layer, mesh, accumulate_dtype, expert_parallel=expert_parallel)
+        del layer.quant_method  # a module, which torch lets nothing else take the place of
+        layer.quant_method = method

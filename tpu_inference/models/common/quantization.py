@@ -8,11 +8,14 @@ from tpu_inference import compat
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.quantization import Quantization, Scheme
 
-SERVED = ("fp8", "compressed-tensors", "fp8_per_channel", "online")
+MXFP4 = "gpt_oss_mxfp4"
+"""vLLM's name of gpt-oss's checkpoints, whose experts alone are quantized."""
+SERVED = ("fp8", "compressed-tensors", "fp8_per_channel", "online", "mxfp4", MXFP4)
 """vLLM's names: the first two are of checkpoints, the others are asked for with --quantization and rounded at load."""
 TABLE = (
     "fp8 checkpoints with a scale a tensor or a block; compressed-tensors of int8 (W8A8, W8A16), fp8 (W8A8, W8A16) and "
-    "int4 (W4A16) with symmetric weights; and at load --quantization fp8_per_channel, or --quantization online with --quantization-config "
+    "int4 (W4A16) with symmetric weights; MXFP4 of gpt-oss's experts; "
+    "and at load --quantization fp8_per_channel, or --quantization online with --quantization-config "
     """'{"linear": "int8_per_channel_static"}' or '{"linear": "fp8_per_channel_static"}'"""
 )
 _UNREAD = (".input_scale", ".k_scale", ".v_scale", ".weight_shape")
@@ -39,7 +42,7 @@ def quantization_of(vllm_config: Any) -> Quantization | None:
     if name not in _READERS:
         raise QuantizationError(f"The quantization {name!r}")
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    return Quantization(_READERS[name](config), layers, _UNREAD)
+    return Quantization(_READERS[name](config), layers, _UNREAD, "mxfp4" if name == MXFP4 else None)
 
 
 def _fp8(config: Any) -> Callable[[str], Scheme | None]:
@@ -110,6 +113,7 @@ def _compressed_scheme(weights: Any, activations: Any, layout: str) -> Scheme:
 
 
 _READERS: dict[str, Callable[[Any], Callable[[str], Scheme | None]]] = {
+    MXFP4: lambda config: lambda layer: None,
     "fp8": _fp8,
     "online": _online,
     "compressed-tensors": _compressed_tensors,
