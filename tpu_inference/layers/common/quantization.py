@@ -100,6 +100,16 @@ class Scheme:
     values_name: str = "weight"
     scales_name: str = "weight_scale"
 
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Last parts of the names of the tensors that the checkpoint has of each layer."""
+        return (self.values_name, self.scales_name)
+
+    def weight_shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """[rows, columns] of a weight whose values are stored in that shape."""
+        rows, columns = stored
+        return rows, columns * 32 // self.packed if self.packed else columns
+
     def groups(self, columns: int) -> int:
         """Scales of a row."""
         return 1 if self.block[1] is None else -(-columns // self.block[1])

@@ -30,6 +30,11 @@ class Source:
     """Shape of the whole tensor in the checkpoint."""
     offset: int = 0
 
+    @property
+    def beside(self) -> "tuple[Source, ...]":
+        """Other tensors that are read with it."""
+        return ()
+
     def piece(self, start: int, size: int) -> "Piece":
         """Indices start:start + size of this source, counted from its offset."""
         return Piece(size, self, self.offset + start)
@@ -92,7 +97,8 @@ class WeightSpec:
 
     def sources(self) -> dict[str, Source]:
         """By name template, every tensor of the checkpoint that this weight reads."""
-        return {p.source.name: p.source for p in self.pieces if p.source is not None}
+        found = [p.source for p in self.pieces if p.source is not None]
+        return {source.name: source for first in found for source in (first, *first.beside)}
 
     def abstract(self, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
         """Shape, dtype and sharding of the array on the device."""
