@@ -64,7 +64,9 @@ def _of_linear(layer: LinearBase, name: str, shape: torch.Size, shards: int) -> 
     if isinstance(layer, ColumnParallelLinear):
         axis = "heads" if isinstance(layer, QKVParallelLinear) else "mlp"
         return _by_rows(name, ndim, partition_of(layer, shards), axis)
-    if isinstance(layer, RowParallelLinear) and ndim == 2 and shape[1] % shards == 0:  # a row's one scale is not divided
+    if (
+        isinstance(layer, RowParallelLinear) and ndim == 2 and shape[1] % shards == 0
+    ):  # a row's one scale is not divided
         return (Placement(name, (None, "mlp")),)
     return _replicated(name, ndim)
 

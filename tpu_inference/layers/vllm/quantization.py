@@ -91,7 +91,9 @@ class TpuQuantizationConfig(QuantizationConfig):
         parts = [f"{base}.{part}" for part in self.packed_modules_mapping.get(name) or [name]]
         schemes = {self._scheme_of(part) for part in parts}
         if len(schemes) > 1:
-            raise TpuInferenceError(f"{', '.join(parts)} make one layer, and are quantized in different ways: not served.")
+            raise TpuInferenceError(
+                f"{', '.join(parts)} make one layer, and are quantized in different ways: not served."
+            )
         return schemes.pop()
 
 
@@ -116,7 +118,9 @@ class QuantizedLinearMethod(LinearMethodBase):
         """As vLLM asks it, of undivided layers. Raises TpuInferenceError where a row is no whole number of groups."""
         rows, columns, size = sum(output_partition_sizes), input_size, self.scheme.block[1]
         if size is not None and columns % size:
-            raise TpuInferenceError(f"{self._prefix} has {columns} columns, which groups of {size} do not divide: not served.")
+            raise TpuInferenceError(
+                f"{self._prefix} has {columns} columns, which groups of {size} do not divide: not served."
+            )
         load = extra_weight_attrs["weight_loader"]
         values = torch.empty(rows, columns, dtype=getattr(torch, self.scheme.dtype))
         scales = torch.empty(rows, groups := self.scheme.groups(columns), dtype=torch.float32)
