@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's linear layers with quantized weights, whatever way their checkpoints store them: values and scales as `layers.common.quantization` has them."""
+"""vLLM's linear layers with quantized weights, however checkpoints store them: values and scales as `layers.common.quantization` has them."""
 
 from collections.abc import Callable
 from typing import Any

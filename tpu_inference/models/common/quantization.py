@@ -12,7 +12,8 @@ SERVED = ("fp8", "compressed-tensors", "auto_awq", "auto_gptq", "fp8_per_channel
 """vLLM's names: the first four are of checkpoints, the others are asked for with --quantization and rounded at load."""
 TABLE = (
     "fp8 checkpoints with a scale a tensor or a block; compressed-tensors of int8 (W8A8, W8A16), fp8 (W8A8, W8A16) and "
-    "int4 (W4A16); AWQ of 4 bits with zero points; GPTQ of 4 and 8 bits, symmetric and without desc_act; and at load --quantization fp8_per_channel, or --quantization online with --quantization-config "
+    "int4 (W4A16); AWQ of 4 bits with zero points; GPTQ of 4 and 8 bits, symmetric and without desc_act; "
+    "and at load --quantization fp8_per_channel, or --quantization online with --quantization-config "
     """'{"linear": "int8_per_channel_static"}' or '{"linear": "fp8_per_channel_static"}'"""
 )
 _UNREAD = (".input_scale", ".k_scale", ".v_scale", ".weight_shape", ".g_idx", ".qzeros")

@@ -24,6 +24,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tpu_inference.compat import as_loader_looks_for, import_torchax, start_torch_alone
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.forms import implementation_for
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape, storage_dtype
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
@@ -197,7 +198,7 @@ def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildCo
     for layer in _attention_layers(vllm_config).values():
         if layer.impl.sinks is not None:
             layer.register_parameter("sinks_of_impl", layer.impl.sinks)
-    use_shells(model, ctx.shards, ctx.accumulate_dtype, ctx.implementation)
+    use_shells(model, ctx.shards, ctx.accumulate_dtype, implementation_for(mesh.devices.flat[0]))
     use_expert_shells(model, mesh, ctx.accumulate_dtype)
     register_loose_tensors(model)
     return model, ctx
@@ -261,7 +262,7 @@ def _check_is_of_one_rank(model_config: ModelConfig) -> None:
 
 @contextmanager
 def _names_loaded(model: torch.nn.Module, held: HeldForm | None) -> Iterator[set[str]]:
-    """Filled with the names that the model's `load_weights` says it has loaded, before vLLM's loader adds to them. It gets tensors as `held` has them."""
+    """Filled with the names that the model's `load_weights`, which gets what `held` makes of tensors, says it has loaded, before vLLM's loader adds any."""
     names: set[str] = set()
     load = model.load_weights
 
