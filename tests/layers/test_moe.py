@@ -84,7 +84,7 @@ def test_experts(activation, biased, shards, weigh_input):
         placed = ExpertWeights(p.w13[:, rows], p.w2, None if p.b13 is None else p.b13[:, rows], p.b2)
     found = experts(
         jnp.asarray(x), jnp.asarray(weights), jnp.asarray(ids), placed,
-        activation=activation, mesh=make_mesh(jax.devices(), shards), divided=shards > 1,
+        activation=activation, mesh=make_mesh(jax.devices(), shards), sharding="width" if shards > 1 else "whole",
         accumulate_dtype=jnp.float32, weigh_input=weigh_input,
     )  # fmt: skip
     np.testing.assert_allclose(found, by_loops(x, weights, ids, p, activation, weigh_input), rtol=2e-4, atol=2e-4)

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tpu_inference.kernels.forms import Form, implementation_for
 from tpu_inference.layers.common.quantization import Quantization
 from tpu_inference.layers.common.sharding import MODEL_AXIS
 
@@ -26,6 +25,8 @@ class BuildContext:
     """Stack the layers and scan over them, or loop; None: see `scans`."""
     quantization: Quantization | None = None
     """How linear layers' weights are stored, where they are quantized."""
+    expert_parallel: bool = False
+    """Experts are divided among the devices, instead of each expert's width."""
 
     @property
     def shards(self) -> int:
@@ -36,11 +37,6 @@ class BuildContext:
     def platform(self) -> str:
         """ "tpu", "cpu", …: from the mesh, so that nothing initializes a backend."""
         return self.mesh.devices.flat[0].platform
-
-    @property
-    def implementation(self) -> Form:
-        """The form of kernels that the devices run."""
-        return implementation_for(self.mesh.devices.flat[0])
 
     @property
     def scans(self) -> bool:

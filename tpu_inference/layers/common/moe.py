@@ -3,12 +3,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.linear import matmul
 from tpu_inference.layers.common.sharding import MODEL_AXIS, spec
 
@@ -82,6 +83,18 @@ def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+def refuse_uneven_experts(num_experts: int, devices: int) -> None:
+    """Raises TpuInferenceError where `num_experts` are not divided evenly among `devices`."""
+    if num_experts % devices:
+        raise TpuInferenceError(
+            f"--enable-expert-parallel with {num_experts} experts on {devices} devices: each device needs as many experts. "
+            "Use a --tensor-parallel-size that divides them, or remove --enable-expert-parallel."
+        )
+
+
+Sharding = Literal["whole", "width", "experts"]
+"""How experts lie on the devices: all on each, each one's width divided, or so many experts on each."""
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": _halves(jax.nn.silu),
     "gelu": _halves(_gelu),
@@ -120,7 +133,7 @@ def experts(
     *,
     activation: str,
     mesh: Mesh,
-    divided: bool,
+    sharding: Sharding,
     accumulate_dtype: Any,
     weigh_input: bool = False,
 ) -> jax.Array:
@@ -132,10 +145,10 @@ def experts(
     Args:
         x: [T, d].
         weights, ids: [T, k], of `route`.
-        divided: whether the widths of experts are divided over the model axis of `mesh`.
+        sharding: what is divided over the model axis of `mesh`.
         weigh_input: weights go on what experts take in, not on what they give out.
     """
-    num_experts = parameters.w13.shape[0]
+    num_experts, divided = parameters.w13.shape[0], sharding != "whole"
     coefficients = (jax.nn.one_hot(ids, num_experts, dtype=jnp.float32) * weights[..., None]).sum(1)
     act, b13 = ACTIVATIONS[activation], parameters.b13
 
@@ -148,16 +161,20 @@ def experts(
             y = matmul(act(h), w2[e], accumulate_dtype)
             return total + y * ((weight != 0) if weigh_input else weight)
 
-        total = jax.lax.fori_loop(0, num_experts, add, jnp.zeros(x.shape, jnp.float32))
+        total = jax.lax.fori_loop(0, w13.shape[0], add, jnp.zeros(x.shape, jnp.float32))
         return jax.lax.psum(total, MODEL_AXIS) if divided else total
 
     args = (x, coefficients, parameters.w13, parameters.w2, *(() if b13 is None else (b13,)))
     if divided:
         whole = PartitionSpec()
+        if sharding == "width":
+            of_experts, divisions = whole, (spec((None, "mlp", None)), spec((None, None, "mlp")), spec((None, "mlp")))
+        else:
+            of_experts, divisions = spec((None, "experts")), (spec(("experts",)),) * 3
         of_shard = jax.shard_map(
             of_shard,
             mesh=mesh,
-            in_specs=(whole, whole, spec((None, "mlp", None)), spec((None, None, "mlp")), spec((None, "mlp")))[: len(args)],
+            in_specs=(whole, of_experts, *divisions)[: len(args)],
             out_specs=whole,
             check_vma=False,
         )  # fmt: skip

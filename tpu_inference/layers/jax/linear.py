@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from tpu_inference.kernels.quantized_matmul import quantized_matmul
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.linear import matmul
 from tpu_inference.layers.common.quantization import quantized
+from tpu_inference.layers.common.quantized_linear import quantized_product
 from tpu_inference.layers.common.weights import Piece, WeightSpec
 
 
@@ -26,7 +26,7 @@ class Linear(nnx.Module):
         axis: int = 0,
         bias: Sequence[Piece] | None = None,
     ) -> None:
-        self.accumulate_dtype, self.implementation = ctx.accumulate_dtype, ctx.implementation
+        self.accumulate_dtype, self.mesh, self.axes = ctx.accumulate_dtype, ctx.mesh, axes
         weight, scales = WeightSpec(shape, ctx.dtype, axes, tuple(pieces), axis), None
         scheme = ctx.quantization and ctx.quantization.of_weight(weight.pieces)
         if scheme:
@@ -41,8 +41,8 @@ class Linear(nnx.Module):
         if self.scales is None:
             y = matmul(x, self.weight[...], self.accumulate_dtype)
         else:
-            y = quantized_matmul(
-                x, self.weight[...], self.scales[...], activations=self.activations,
-                accumulate_dtype=self.accumulate_dtype, implementation=self.implementation,
+            y = quantized_product(
+                x, self.weight[...], self.scales[...], axes=self.axes, mesh=self.mesh,
+                activations=self.activations, accumulate_dtype=self.accumulate_dtype,
             )  # fmt: skip
         return y if self.bias is None else y + self.bias[...]

@@ -6,19 +6,19 @@ from typing import Any
 
 import jax
 import torch
+from jax.sharding import Mesh
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
-    RowParallelLinear,
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from tpu_inference.compat import import_torchax
-from tpu_inference.kernels.forms import Form
-from tpu_inference.kernels.quantized_matmul import quantized_matmul
 from tpu_inference.layers.common.linear import before_split, matmul
 from tpu_inference.layers.common.partition import Partition
+from tpu_inference.layers.common.quantized_linear import quantized_product
+from tpu_inference.layers.common.sharding import MODEL_AXIS, LogicalAxes
 from tpu_inference.layers.vllm.placement import DIVIDED, WHOLE, partition_of
 from tpu_inference.layers.vllm.quantization import SCALES, VALUES, QuantizedLinearMethod
 
@@ -39,14 +39,14 @@ def _plain(accumulate_dtype: Any) -> Times:
     return times
 
 
-def _quantized(method: QuantizedLinearMethod, accumulate_dtype: Any, implementation: Form) -> Times:
+def _quantized(method: QuantizedLinearMethod, axes: LogicalAxes, mesh: Mesh, accumulate_dtype: Any) -> Times:
     def times(layer: torch.nn.Module, suffix: str, x: jax.Array) -> jax.Array | None:
         values, scales = _array(layer, VALUES + suffix), _array(layer, SCALES + suffix)
         if values is None or scales is None:
             return None
-        return quantized_matmul(
-            x, values, scales, activations=method.scheme.activations,
-            accumulate_dtype=accumulate_dtype, implementation=implementation,
+        return quantized_product(
+            x, values, scales, axes=(None, None) if suffix == WHOLE else axes, mesh=mesh,
+            activations=method.scheme.activations, accumulate_dtype=accumulate_dtype,
         )  # fmt: skip
 
     return times
@@ -101,22 +101,24 @@ class TpuEmbeddingMethod(UnquantizedEmbeddingMethod):
         return import_torchax().interop.torch_view(layer.weight.jax()[input_.jax()])
 
 
-def use_shells(model: torch.nn.Module, shards: int, accumulate_dtype: Any, implementation: Form) -> None:
+def use_shells(model: torch.nn.Module, mesh: Mesh, accumulate_dtype: Any) -> None:
     """Let the linear layers and embeddings of `model` compute by the methods above.
 
     Raises:
         TpuInferenceError: a quantized layer whose groups of columns the devices would cut.
     """
+    shards = mesh.shape[MODEL_AXIS]
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
-        if isinstance(layer, LinearBase) and type(method) in (UnquantizedLinearMethod, QuantizedLinearMethod):
-            divided = isinstance(layer, ColumnParallelLinear) and not layer.disable_tp
-            partition = partition_of(layer, shards) if divided else None
-            if isinstance(method, UnquantizedLinearMethod):
-                layer.quant_method = TpuLinearMethod(accumulate_dtype, partition)
-                continue
-            if isinstance(layer, RowParallelLinear) and not layer.disable_tp:
-                method.check_groups(layer, shards)
-            method.product = _Product(_quantized(method, accumulate_dtype, implementation), partition)
+        if isinstance(layer, LinearBase) and type(method) is UnquantizedLinearMethod:
+            layer.quant_method = TpuLinearMethod(accumulate_dtype, _partition(layer, shards))
+        elif isinstance(layer, LinearBase) and type(method) is QuantizedLinearMethod:
+            axes = method.axes(layer, shards)
+            method.product = _Product(_quantized(method, axes, mesh, accumulate_dtype), _partition(layer, shards))
         elif isinstance(layer, VocabParallelEmbedding) and type(method) is UnquantizedEmbeddingMethod:
             layer.quant_method = TpuEmbeddingMethod(accumulate_dtype)
+
+
+def _partition(layer: LinearBase, shards: int) -> Partition | None:
+    divided = isinstance(layer, ColumnParallelLinear) and not layer.disable_tp
+    return partition_of(layer, shards) if divided else None

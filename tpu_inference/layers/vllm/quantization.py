@@ -18,6 +18,8 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuant
 
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.quantization import Scheme, rounded, scales_of_rows
+from tpu_inference.layers.common.sharding import LogicalAxes
+from tpu_inference.layers.vllm.placement import placements
 
 VALUES, SCALES = "weight", "weight_scale"
 """Names of the parameters of every quantized layer."""
@@ -151,14 +153,20 @@ class QuantizedLinearMethod(LinearMethodBase):
 
         return rounding
 
-    def check_groups(self, layer: torch.nn.Module, shards: int) -> None:
-        """Raises TpuInferenceError where a device would have a part of a group of columns."""
-        columns, size = layer.input_size, self.scheme.block[1]
-        if size is not None and columns % shards == 0 and columns // shards % size:
+    def axes(self, layer: LinearBase, shards: int) -> LogicalAxes:
+        """Of the values, as `placement` lays them.
+
+        Raises:
+            TpuInferenceError: a device would have a part of a group of columns.
+        """
+        placed = placements(layer, VALUES, layer.weight, shards)
+        axes, size = placed[0].axes, self.scheme.block[1]
+        if axes[1] is not None and size is not None and layer.input_size // shards % size:
             raise TpuInferenceError(
-                f"{self._prefix} is quantized in groups of {size} columns, which {columns} columns on {shards} devices are not "
+                f"{self._prefix} is quantized in groups of {size} columns, which {layer.input_size} columns on {shards} devices are not "
                 "divided into: use a smaller --tensor-parallel-size."
             )
+        return axes
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         assert self.product is not None

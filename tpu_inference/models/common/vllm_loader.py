@@ -60,6 +60,7 @@ def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
         model_config.max_model_len,
         TpuConfig.from_vllm(vllm_config).scan_layers,
         quantization_of(vllm_config),
+        vllm_config.parallel_config.enable_expert_parallel,
     )
     return model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
 

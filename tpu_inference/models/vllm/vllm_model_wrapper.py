@@ -24,7 +24,6 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from tpu_inference.compat import as_loader_looks_for, import_torchax, start_torch_alone
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
-from tpu_inference.kernels.forms import implementation_for
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape, storage_dtype
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
@@ -174,6 +173,7 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
     alone = copy.copy(vllm_config)
     alone.parallel_config = copy.copy(vllm_config.parallel_config)
     alone.parallel_config.tensor_parallel_size = alone.parallel_config.world_size = 1
+    alone.parallel_config.enable_expert_parallel = False
     alone.device_config = copy.copy(vllm_config.device_config)
     alone.device_config.device = torch.device("cpu")  # where the module is built; vLLM has None for TPU
     if vllm_config.quant_config is not None:
@@ -185,12 +185,14 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
     return alone
 
 
-def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildContext]:
+def build(vllm_config: VllmConfig, mesh: Mesh, expert_parallel: bool = False) -> tuple[torch.nn.Module, BuildContext]:
     """vLLM's module, its parameters allocated and not written, its layers computing by ours."""
     start_torch_alone(vllm_config)
     model_config = vllm_config.model_config
     scan_layers = TpuConfig.from_vllm(vllm_config).scan_layers
-    ctx = BuildContext(mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers)
+    ctx = BuildContext(
+        mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers, expert_parallel=expert_parallel
+    )
     vllm_config.compilation_config.static_forward_context.clear()
     with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
         model = initialize_model(vllm_config).eval().requires_grad_(False)
@@ -198,8 +200,8 @@ def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildCo
     for layer in _attention_layers(vllm_config).values():
         if layer.impl.sinks is not None:
             layer.register_parameter("sinks_of_impl", layer.impl.sinks)
-    use_shells(model, ctx.shards, ctx.accumulate_dtype, implementation_for(mesh.devices.flat[0]))
-    use_expert_shells(model, mesh, ctx.accumulate_dtype)
+    use_shells(model, mesh, ctx.accumulate_dtype)
+    use_expert_shells(model, mesh, ctx.accumulate_dtype, expert_parallel=ctx.expert_parallel)
     register_loose_tensors(model)
     return model, ctx
 
@@ -262,7 +264,7 @@ def _check_is_of_one_rank(model_config: ModelConfig) -> None:
 
 @contextmanager
 def _names_loaded(model: torch.nn.Module, held: HeldForm | None) -> Iterator[set[str]]:
-    """Filled with the names that the model's `load_weights`, which gets what `held` makes of tensors, says it has loaded, before vLLM's loader adds any."""
+    """Filled with the names that the model's `load_weights`, given tensors as `held` has them, says it has loaded, before vLLM's loader adds any."""
     names: set[str] = set()
     load = model.load_weights
 
@@ -292,7 +294,7 @@ def prepare(vllm_config: VllmConfig, mesh: Mesh) -> tuple[TracedModule, DeviceSt
         TpuInferenceError: what the model asks of its layers is not served.
     """
     alone = _undivided(vllm_config)
-    model, ctx = build(alone, mesh)
+    model, ctx = build(alone, mesh, vllm_config.parallel_config.enable_expert_parallel)
     state = DeviceState(model, mesh)
     traced = TracedModule(model, alone, mesh)
     if ctx.scans and (repeats := traced.find_repeats(state.abstract())):

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with quantized weights that are divided among devices."""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from tpu_inference.kernels.forms import implementation_for
+from tpu_inference.kernels.quantized_matmul import quantized_matmul
+from tpu_inference.layers.common.sharding import LogicalAxes, spec
+
+
+def quantized_product(
+    x: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    *,
+    axes: LogicalAxes,
+    mesh: Mesh,
+    activations: str | None,
+    accumulate_dtype: Any,
+) -> jax.Array:
+    """`quantized_matmul` of [T, in] with weights [out, in] whose dimensions are named `axes`; parts of sums meet in `accumulate_dtype`.
+
+    Every device multiplies what it has by itself: a kernel is not divided by the compiler, and of int8 activations, each device rounding its own
+    columns, neither maxima nor int32 sums cross the interconnect.
+    """
+    rows, columns = spec(axes)
+    multiply = partial(
+        quantized_matmul,
+        activations=activations,
+        accumulate_dtype=accumulate_dtype,
+        implementation=implementation_for(mesh.devices.flat[0]),
+    )
+    if mesh.size == 1:
+        return multiply(x, values, scales)
+
+    def of_shard(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+        y = multiply(x, values, scales)
+        return y if columns is None else jax.lax.psum(y.astype(accumulate_dtype), columns).astype(x.dtype)
+
+    of_groups = columns if scales.shape[1] > 1 else None
+    return jax.shard_map(
+        of_shard,
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, columns), PartitionSpec(rows, columns), PartitionSpec(rows, of_groups)),
+        out_specs=PartitionSpec(None, rows),
+        check_vma=False,
+    )(x, values, scales)
