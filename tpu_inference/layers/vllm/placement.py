@@ -60,11 +60,13 @@ def _replicated(name: str, ndim: int) -> tuple[Placement, ...]:
     return (Placement(name, (None,) * ndim),)
 
 
-def _of_linear(layer: LinearBase, name: str, ndim: int, shards: int) -> tuple[Placement, ...]:
+def _of_linear(layer: LinearBase, name: str, shape: torch.Size, shards: int) -> tuple[Placement, ...]:
+    ndim = len(shape)
     if isinstance(layer, ColumnParallelLinear):
         axis = "heads" if isinstance(layer, QKVParallelLinear) else "mlp"
         return _by_rows(name, ndim, partition_of(layer, shards), axis)
-    if isinstance(layer, RowParallelLinear) and ndim == 2 and layer.input_size % shards == 0:
+    # A row's one scale is not divided.
+    if isinstance(layer, RowParallelLinear) and ndim == 2 and shape[1] % shards == 0:
         return (Placement(name, (None, "mlp")),)
     return _replicated(name, ndim)
 
@@ -88,7 +90,7 @@ def placements(layer: torch.nn.Module, name: str, parameter: torch.Tensor, shard
     """The arrays that `parameter`, `layer`'s own by the name of `name`, becomes on `shards` devices."""
     ndim = parameter.ndim
     if isinstance(layer, LinearBase) and not isinstance(layer, ReplicatedLinear) and not layer.disable_tp:
-        return _of_linear(layer, name, ndim, shards)
+        return _of_linear(layer, name, parameter.shape, shards)
     if isinstance(layer, VocabParallelEmbedding) and parameter.shape[0] % shards == 0:
         return (Placement(name, ("vocab", *[None] * (ndim - 1))),)
     if isinstance(layer, RoutedExperts) and isinstance(method := layer.quant_method, TpuExpertsMethod):
