@@ -22,7 +22,7 @@ from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.models.common.loader import check_tensors, load_params, model_functions
-from tpu_inference.models.common.quantization import QuantizationError, quantization_of
+from tpu_inference.models.common.quantization import quantization_of
 from tpu_inference.models.common.registry import Implementation, choose_implementation, model_class
 
 logger = init_logger(__name__)
@@ -43,9 +43,8 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
 
 
 def refuse_quantization(vllm_config: VllmConfig) -> None:
-    """Raises QuantizationError for a quantization that is not served, or not with the class that serves the model."""
-    if quantization_of(vllm_config) is not None and (chosen := implementation(vllm_config)).kind == "vllm":
-        raise QuantizationError(f"Quantization of {chosen.architecture}, which vLLM's PyTorch class serves,")
+    """Raises QuantizationError for a quantization that is not served."""
+    quantization_of(vllm_config)
 
 
 def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
@@ -61,6 +60,7 @@ def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
         model_config.max_model_len,
         TpuConfig.from_vllm(vllm_config).scan_layers,
         quantization_of(vllm_config),
+        vllm_config.parallel_config.enable_expert_parallel,
     )
     return model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
 
