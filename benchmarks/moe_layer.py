@@ -53,7 +53,8 @@ class Layer:
 
         del device
         shapes = (
-            (self.tokens, self.hidden), (self.experts, self.hidden), (self.experts, 2 * self.width, self.hidden), (self.experts, self.hidden, self.width),
+            (self.tokens, self.hidden), (self.experts, self.hidden),
+            (self.experts, 2 * self.width, self.hidden), (self.experts, self.hidden, self.width),
         )  # fmt: skip
         return tuple(jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes)
 
