@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routing and experts against loops in NumPy, and over shards."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,11 +90,12 @@ def check(activation, *, biased=False, sharding="whole", weigh_input=False, ids=
     if sharding == "width" and not activation.endswith("_no_mul") and activation not in INTERLEAVED:
         rows = Partition((WIDTH, WIDTH), (WIDTH, WIDTH), 2).rows(True)
         placed = ExpertWeights(p.w13[:, rows], p.w2, None if p.b13 is None else p.b13[:, rows], p.b2)
-    found = experts(
-        jnp.asarray(x), jnp.asarray(weights), jnp.asarray(ids), placed,
-        activation=activation, mesh=make_mesh(jax.devices(), 1 if sharding == "whole" else 2), sharding=sharding,
-        accumulate_dtype=jnp.float32, weigh_input=weigh_input, implementation=form,
+    mesh = make_mesh(jax.devices(), 1 if sharding == "whole" else 2)
+    layer = partial(
+        experts, activation=activation, mesh=mesh, sharding=sharding, accumulate_dtype=jnp.float32,
+        weigh_input=weigh_input, implementation=form,
     )  # fmt: skip
+    found = jax.jit(lambda x, weights, ids: layer(x, weights, ids, placed))(x, weights, jnp.asarray(ids, jnp.int32))
     np.testing.assert_allclose(found, by_loops(x, weights, ids, p, activation, weigh_input), rtol=2e-4, atol=2e-4)
 
 
