@@ -43,10 +43,10 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
 
 
 def refuse_quantization(vllm_config: VllmConfig) -> None:
-    """Raises QuantizationError for a quantization that is not served, or not with the class that serves the model."""
+    """Raises QuantizationError for a quantization that is not served, or not by the class that serves the model."""
     quantization = quantization_of(vllm_config)
     if quantization is not None and quantization.experts and implementation(vllm_config).kind == "vllm":
-        raise QuantizationError("MXFP4 with vLLM's PyTorch class (--model-impl auto takes the JAX class)")
+        raise QuantizationError(f"{quantization.experts.upper()} of experts in vLLM's PyTorch class")
 
 
 def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
