@@ -24,11 +24,11 @@ CASES = [
     pytest.param("qwen2-moe", 2, True, True, id="qwen2-moe, experts on two devices, scanned"),
     pytest.param("gpt-oss", 1, False, True, id="gpt-oss, one device, scanned"),
     *(
-        pytest.param(name, 8, True, False, id=f"{name}, experts on eight devices, looped", marks=pytest.mark.slow)
+        pytest.param(name, 8, whole, False, id=f"{name}, {what} on eight devices, looped", marks=pytest.mark.slow)
         for name in NAMES
+        for whole, what in ((True, "experts"), (False, "widths"))
     ),
 ]
-"""What engines run in e2e/test_parity.py, one device and widths on eight, is not repeated for all."""
 
 
 def hf_config(path, **changes):
