@@ -80,7 +80,7 @@ def test_on_several_devices(quantized, kind, where):
     assert same >= 5, "sums over devices round differently in bfloat16"
 
 
-@pytest.mark.parametrize("impl", ["flax_nnx", "vllm"])
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [
@@ -95,7 +95,8 @@ def test_rounded_at_load(zoo, flags, dtype, impl):
     with engine(path, dtype="bfloat16", model_impl=impl, **flags) as llm:
         found = tokens(llm, prompts(6), COUNT)
         params = runner(llm).functions.params
-    assert sum(leaf.dtype == dtype for leaf in jax.tree.leaves(params)) == 4, "qkv, o, gate and up, down: of all layers"
+    # Of qkv, o, gate and up, and down: one of all layers by our class, one a layer by vLLM's, whose three layers are too few to stack.
+    assert sum(leaf.dtype == dtype for leaf in jax.tree.leaves(params)) == (4 if impl == "auto" else 12)
     same = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x[:3], y[:3], strict=True))
     assert same >= 6, "of 18; by chance it would be none"
 
@@ -119,7 +120,7 @@ def spoil(name, change):
     return apply
 
 
-@pytest.mark.parametrize("impl", ["flax_nnx", "vllm"])
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
 def test_scales_that_are_missing_or_no_numbers_are_named_together(quantized, impl):
     def change(tensors):
         spoil("layers.1.self_attn.k_proj.weight_scale_inv", lambda scales: None)(tensors)
@@ -131,14 +132,17 @@ def test_scales_that_are_missing_or_no_numbers_are_named_together(quantized, imp
     problems = sorted(caught.value.problems)
     assert any("missing: model.layers.1.self_attn.k_proj.weight_scale_inv" in problem for problem in problems)
     assert any("not finite: model.layers.2.mlp.down_proj.weight_scale_inv" in problem for problem in problems)
-    if impl == "flax_nnx":
+    if impl == "auto":
         assert len(problems) == 2
+
+
+_ACT_ORDER = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("awq", {}, "awq'.*Served are fp8 checkpoints"),
+        (_ACT_ORDER, {}, "desc_act=True"),
         ("int4-group", dict(hf_overrides={"intermediate_size": 128}, tensor_parallel_size=8), "groups of 32 columns"),
         (None, dict(quantization="fp8_per_block"), "fp8_per_block.*Served are"),
         (None, dict(quantization="online", quantization_config={"linear": "mxfp4"}), "at load by.*Served are"),

@@ -22,7 +22,7 @@ from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.models.common.loader import check_tensors, load_params, model_functions
-from tpu_inference.models.common.quantization import quantization_of
+from tpu_inference.models.common.quantization import QuantizationError, quantization_of
 from tpu_inference.models.common.registry import Implementation, choose_implementation, model_class
 
 logger = init_logger(__name__)
@@ -43,8 +43,10 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
 
 
 def refuse_quantization(vllm_config: VllmConfig) -> None:
-    """Raises QuantizationError for a quantization that is not served."""
-    quantization_of(vllm_config)
+    """Raises QuantizationError for a quantization that is not served, or not by the class that serves the model."""
+    quantization = quantization_of(vllm_config)
+    if quantization is not None and quantization.experts and implementation(vllm_config).kind == "vllm":
+        raise QuantizationError(f"{quantization.experts.upper()} of experts in vLLM's PyTorch class")
 
 
 def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
