@@ -6,12 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tpu_inference.kernels.ragged_paged_attention.config import DecodeConfig, PrefillConfig
+from tpu_inference.kernels.ragged_paged_attention.config import VMEM_BYTES, DecodeConfig, PrefillConfig
+from tpu_inference.kernels.ragged_paged_attention.pages import LANES
 from tpu_inference.kernels.tuned import lookup
 
 OP = "mla"
-ITEM_TOKENS, ITEM_SCORES, SLOTS = 1024, 2**16, 5
-"""Of an item of decoding: tokens, and scores at most, which pass through registers several times."""
+ITEM_TOKENS, SLOTS = 1024, 5
+"""Of an item of decoding: fewer tokens are more passes over the sums of all heads."""
 BLOCK_QUERIES, CHUNK_TOKENS, MIN_BLOCK_TOKENS, MAX_GROUP = 1024, 512, 16, 16
 
 
@@ -48,6 +49,12 @@ class ShapeKey:
         """As in tuned tables."""
         return f"q{self.num_heads}_r{self.kv_lora_rank}_p{self.rope_dim}_page{self.page_size}_{self.dtype}_{self.cache_dtype}"
 
+    @property
+    def token_bytes(self) -> int:
+        """In the pages, with padding."""
+        width = -(-(self.kv_lora_rank + self.rope_dim) // LANES) * LANES
+        return width * jnp.dtype(self.cache_dtype).itemsize
+
     def pages_within(self, tokens: int) -> int:
         """At least one."""
         return max(tokens // self.page_size, 1)
@@ -59,10 +66,9 @@ def heuristic(key: ShapeKey, chip: str | None) -> Config:
     block = MIN_BLOCK_TOKENS
     while 2 * block * heads <= BLOCK_QUERIES:
         block *= 2
-    tokens = min(ITEM_TOKENS, ITEM_SCORES // key.num_heads)
-    return Config(
-        DecodeConfig(key.pages_within(tokens), SLOTS), PrefillConfig(block, key.pages_within(CHUNK_TOKENS)), heads
-    )
+    pages = key.pages_within(ITEM_TOKENS)
+    slots = min(SLOTS, VMEM_BYTES // (pages * key.page_size * key.token_bytes))
+    return Config(DecodeConfig(pages, slots), PrefillConfig(block, key.pages_within(CHUNK_TOKENS)), heads)
 
 
 def config_for(key: ShapeKey, chip: str | None) -> Config:
