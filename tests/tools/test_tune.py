@@ -11,8 +11,8 @@ import pytest
 
 from tpu_inference.kernels import tuned
 from tpu_inference.kernels.flash_attention import config as flash
-from tpu_inference.kernels.mla import config as mla
 from tpu_inference.kernels.forms import chip_of, implementation_for
+from tpu_inference.kernels.mla import config as mla
 from tpu_inference.kernels.ragged_paged_attention import config as paged
 from tpu_inference.kernels.ragged_paged_attention.shapes import SHAPES
 from tpu_inference.tools.kernel_report.store import PAGE
