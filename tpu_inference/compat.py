@@ -15,7 +15,7 @@
 | `Tensor.type_as` of torchax | `import_torchax` | torchax 0.0.13 changes the tensor itself, and knows no views | torchax returns another |
 | `transformers_moe_forward` by its Python function | `operations_that_call_modules` | torch's dispatcher leaves torchax before the experts are called | it is a method again |
 | DBRX's experts renamed | `as_loader_looks_for` | vLLM's class loads them by the names of before they became a module's | its `load_weights` finds them |
-| which layers a quantization leaves out | `fp8_skips`, `online_skips`, `compressed_tensors_target` | vLLM asks with its own modules at hand | a config answers for a name |
+| which layers a quantization leaves out | `fp8_skips`, `awq_skips`, `gptq_skips`, `online_skips`, `compressed_tensors_target` | vLLM asks with its own modules at hand | a config answers for a name |
 | one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
 | `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
 | loading of custom logits processors | `custom_logits_processors` | vLLM drops them silently for TPU; the runner serves them | a platform can say that it does |
@@ -246,11 +246,41 @@ def operations_that_call_modules() -> dict[Any, Callable[..., Any]]:
     )
 
 
+def counts_nans() -> bool:
+    """Whether vLLM's environment asks for NaNs among logits to be counted (VLLM_COMPUTE_NANS_IN_LOGITS, VLLM_RAISE_ON_LOGIT_NANS)."""
+    import vllm.envs
+
+    return vllm.envs.VLLM_COMPUTE_NANS_IN_LOGITS
+
+
+def raise_if_nans(counts: dict[str, int]) -> None:
+    """RuntimeError for requests with NaNs, where vLLM's environment asks for it."""
+    import vllm.envs
+
+    if vllm.envs.VLLM_RAISE_ON_LOGIT_NANS and any(counts.values()):
+        raise RuntimeError(f"NaNs detected in logits: { {request: n for request, n in counts.items() if n} }")
+
+
 def fp8_skips(config: Any, layer: str) -> bool:
     """Whether vLLM's Fp8Config leaves the linear layer of that name as it is."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
     return is_layer_skipped(layer, config.ignored_layers, match_mode=config.ignored_layers_match_mode)
+
+
+def awq_skips(config: Any, layer: str) -> bool:
+    """Whether vLLM's AutoAWQConfig leaves the linear layer of that name as it is."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+    return is_layer_skipped(layer, config.modules_to_not_convert, match_mode="substring")
+
+
+def gptq_skips(config: Any, layer: str) -> bool:
+    """Whether vLLM's AutoGPTQConfig leaves the linear layer of that name as it is."""
+    from vllm.model_executor.layers.quantization.utils.gptq_utils import get_dynamic_override, is_layer_gptq_quantized
+
+    left = get_dynamic_override(config, layer_name=layer) is False
+    return left or not is_layer_gptq_quantized(layer, config.modules_in_block_to_quantize)
 
 
 def online_skips(config: Any, layer: str) -> bool:

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 
 from helpers.tiny_models import FAMILIES
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.quantization import Quantization, Scheme
 from tpu_inference.layers.common.sharding import make_mesh, shard_bytes
 from tpu_inference.layers.common.weights import map_specs
 from tpu_inference.layers.jax.decoder import pure_functions
@@ -28,7 +29,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.aot]
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gemma3": "Gemma3ForCausalLM"}
 
 
-def programs(name: str, topology: str, tensor_parallel: int, **sizes: int) -> StepPrograms:
+def programs(
+    name: str, topology: str, tensor_parallel: int, scheme: Scheme | None = None, **sizes: int
+) -> StepPrograms:
     import transformers
 
     kind, extra = FAMILIES[name]
@@ -39,7 +42,9 @@ def programs(name: str, topology: str, tensor_parallel: int, **sizes: int) -> St
     )  # fmt: skip
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(devices, tensor_parallel)
-    module = model_class(ARCHITECTURES[name])(hf_config, BuildContext(mesh, jnp.bfloat16, 2048))
+    quantization = scheme and Quantization(lambda layer: scheme, hf_config.num_hidden_layers)
+    ctx = BuildContext(mesh, jnp.bfloat16, 2048, quantization=quantization)
+    module = model_class(ARCHITECTURES[name])(hf_config, ctx)
     specs, _, _ = pure_functions(module)
     model = model_functions(module, map_specs(lambda spec: spec.abstract(mesh), specs), mesh)
     assert model.flat_kv, "layers are scanned on TPU"
@@ -83,6 +88,30 @@ def test_weights_are_multiplied_where_they_lie():
     slices = re.findall(r"^ *%\S+ = bf16\[1,\d{3,},\d{3,}\]\S* (?:fusion|dynamic-slice)\(%(\w+)", text, re.M)
     assert slices, "weights are sliced at all"
     assert all(operand.startswith("param") for operand in slices)
+
+
+_INT8, _FP8 = Scheme("int8", activations="int8"), Scheme("float8_e4m3fn")
+_BLOCK, _INT4 = Scheme("float8_e4m3fn", (128, 128)), Scheme("int8", (1, 64), packed=4)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "topology"),
+    [
+        (_INT8, "v6e:2x2"),
+        (_FP8, "v6e:2x2"),
+        (_BLOCK, "v6e:2x2"),
+        (_INT4, "v6e:2x2"),
+        (_FP8, "v5e:2x2"),
+        (_BLOCK, "tpu7x:2x2x1"),
+    ],
+)
+def test_quantized_weights_stay_so_in_hbm(scheme, topology):
+    case = programs("llama", topology, 4, scheme, hidden_size=2048, intermediate_size=8192).forward_case(Bucket(32, 32))
+    memory = case.fn.lower(*case.args).compile().memory_analysis()
+    stacks = [w for w in jax.tree.leaves(case.args[0]) if w.ndim == 3 and w.dtype.itemsize == 1]
+    assert len(stacks) == 4, "qkv, o, gate and up, down"
+    # Groups are multiplied out, at most for a layer or two at a time; all of them would be twice this.
+    assert memory.temp_size_in_bytes < 1.1 * max(map(shard_bytes, stacks))
 
 
 def test_scanned_weights_are_not_copied_on_tpu7x():

@@ -44,6 +44,30 @@ def test_a_checkpoint_answers_as_its_twin_does(quantized, kind):
         assert found == expected
 
 
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k != "awq" else ()) for k in KINDS])
+def test_pytorch_model_answers_as_its_twin_does(quantized, kind):
+    made, twin = quantized(kind)
+    expected, found = answers(twin, model_impl="vllm"), answers(made, model_impl="vllm")
+    if kind == "int8-activations":
+        same = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x[:4], y[:4], strict=True))
+        assert same >= 0.5 * 4 * len(found)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param("fp8-block", marks=pytest.mark.slow), "int4-zeros"])
+def test_pytorch_model_on_several_devices(quantized, kind, devices):
+    made, twin = quantized(kind)
+    with engine(made, dtype="bfloat16", tensor_parallel_size=devices, model_impl="vllm") as llm:
+        found = tokens(llm, prompts(6), 8)
+        params = runner(llm).functions.params
+    values = [leaf for name, leaf in params.items() if name.endswith("down_proj.weight")]
+    assert values and all(leaf.sharding.shard_shape(leaf.shape)[-1] == leaf.shape[-1] // devices for leaf in values)
+    expected = [answer[:8] for answer in answers(twin, model_impl="vllm")]
+    assert sum(a[:2] == b[:2] for a, b in zip(expected, found, strict=True)) >= 5
+
+
 @pytest.mark.parametrize("where", ["two-devices", "eight-devices"])
 @pytest.mark.parametrize("kind", [pytest.param("fp8-block", marks=pytest.mark.slow), "int4-group"])
 def test_on_several_devices(quantized, kind, where):
@@ -56,6 +80,7 @@ def test_on_several_devices(quantized, kind, where):
     assert same >= 5, "sums over devices round differently in bfloat16"
 
 
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [
@@ -63,14 +88,15 @@ def test_on_several_devices(quantized, kind, where):
         (dict(quantization="online", quantization_config={"linear": "int8_per_channel_static"}), "int8"),
     ],
 )
-def test_rounded_at_load(zoo, flags, dtype):
+def test_rounded_at_load(zoo, flags, dtype, impl):
     """Answers begin as those of the whole weights do."""
     path = zoo("llama@even")
     expected = answers(path)
-    with engine(path, dtype="bfloat16", **flags) as llm:
+    with engine(path, dtype="bfloat16", model_impl=impl, **flags) as llm:
         found = tokens(llm, prompts(6), COUNT)
         params = runner(llm).functions.params
-    assert sum(leaf.dtype == dtype for leaf in jax.tree.leaves(params)) == 4, "qkv, o, gate and up, down: of all layers"
+    # Of qkv, o, gate and up, and down: one of all layers by our class, one a layer by vLLM's, whose three layers are too few to stack.
+    assert sum(leaf.dtype == dtype for leaf in jax.tree.leaves(params)) == (4 if impl == "auto" else 12)
     same = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x[:3], y[:3], strict=True))
     assert same >= 6, "of 18; by chance it would be none"
 
@@ -94,36 +120,44 @@ def spoil(name, change):
     return apply
 
 
-def test_scales_that_are_missing_or_no_numbers_are_named_together(quantized):
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
+def test_scales_that_are_missing_or_no_numbers_are_named_together(quantized, impl):
     def change(tensors):
         spoil("layers.1.self_attn.k_proj.weight_scale_inv", lambda scales: None)(tensors)
         spoil("layers.2.mlp.down_proj.weight_scale_inv", lambda scales: scales * float("nan"))(tensors)
 
     made, _ = quantized("fp8-block", change=change)
-    with pytest.raises(CheckpointError) as caught, engine(made, dtype="bfloat16"):
+    with pytest.raises(CheckpointError) as caught, engine(made, dtype="bfloat16", model_impl=impl):
         pass
     problems = sorted(caught.value.problems)
-    assert len(problems) == 2
-    assert "missing: model.layers.1.self_attn.k_proj.weight_scale_inv" in problems[0]
-    assert "not finite: model.layers.2.mlp.down_proj.weight_scale_inv" in problems[1]
+    assert any("missing: model.layers.1.self_attn.k_proj.weight_scale_inv" in problem for problem in problems)
+    assert any("not finite: model.layers.2.mlp.down_proj.weight_scale_inv" in problem for problem in problems)
+    if impl == "auto":
+        assert len(problems) == 2
+
+
+_ACT_ORDER = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        ("awq", {}, "awq'.*Served are fp8 checkpoints"),
+        (_ACT_ORDER, {}, "desc_act=True"),
         ("int4-group", dict(hf_overrides={"intermediate_size": 128}, tensor_parallel_size=8), "groups of 32 columns"),
         (None, dict(quantization="fp8_per_block"), "fp8_per_block.*Served are"),
         (None, dict(quantization="online", quantization_config={"linear": "mxfp4"}), "at load by.*Served are"),
-        ("int8-channel", dict(model_impl="vllm"), "PyTorch class.*Served are"),
+        (
+            "int4-group",
+            dict(hf_overrides={"intermediate_size": 128}, tensor_parallel_size=8, model_impl="vllm"),
+            "groups of 32 columns",
+        ),
     ],
 )
 def test_what_is_not_served(quantized, zoo, tmp_path, kind, options, said):
-    if kind == "awq":
-        made = shutil.copytree(zoo("llama@even"), tmp_path / "awq")
+    if isinstance(kind, dict):
+        made = shutil.copytree(zoo("llama@even"), tmp_path / "made")
         config = json.loads((made / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
-        (made / "config.json").write_text(json.dumps(config))
+        (made / "config.json").write_text(json.dumps({**config, "quantization_config": kind}))
     else:
         made = zoo("llama@even") if kind is None else quantized(kind)[0]
     with pytest.raises(Exception, match=f"(?s){said}"), engine(str(made), dtype="bfloat16", **options):

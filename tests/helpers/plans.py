@@ -40,6 +40,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-8b": ("Qwen3Config", dict(
         _QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, tie_word_embeddings=False
     )),
+    "tiny-moe": ("Qwen3MoeConfig", dict(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=128, max_position_embeddings=1024, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, mlp_only_layers=[0],
+    )),
+    "qwen3-30b-a3b": ("Qwen3MoeConfig", dict(
+        _QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, tie_word_embeddings=False,
+    )),
+    "mixtral-8x7b": ("MixtralConfig", dict(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=32768, rope_parameters=dict(rope_type="default", rope_theta=1e6), tie_word_embeddings=False,
+    )),
+    "gpt-oss-120b": ("GptOssConfig", {}),
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,49 @@ def _pack(values: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
+def words_of(fields: torch.Tensor, dim: int, order: Sequence[int] = range(8)) -> torch.Tensor:
+    """Unsigned fields of four bits in int32 words along `dim`; `order` says which neighbour each field, from the lowest, is of."""
+    moved = fields.to(torch.int64).movedim(dim, -1)
+    groups = moved.reshape(*moved.shape[:-1], -1, 8)[..., list(order)]
+    words = (groups << torch.arange(0, 32, 4)).sum(-1).movedim(-1, dim)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def _with_zeros(name: str, weight: torch.Tensor, how: dict[str, Any]) -> tuple[Tensors, torch.Tensor]:
+    """(what the checkpoint holds, what it means) of four-bit values with zero points, or GPTQ's without."""
+    (_, size), base, layout = how["block"], name.removesuffix("weight"), how["layout"]
+    scales = _scales(weight, (1, size), 7.0)
+    zeros = torch.randint(6, 10, scales.shape) if layout != "gptq" else torch.full(scales.shape, 8)
+    values = (
+        (weight / _every(scales, (1, size), weight.shape)).round() + _every(zeros, (1, size), weight.shape)
+    ).clamp(0, 15)
+    meant = (values - _every(zeros, (1, size), weight.shape)) * _every(scales, (1, size), weight.shape)
+    if layout == "awq":
+        stored = {
+            "qweight": words_of(values.T, 1, AWQ_ORDER),
+            "qzeros": words_of(zeros.T, 1, AWQ_ORDER),
+            "scales": scales.T.half(),
+        }
+    elif layout == "gptq":
+        stored = {
+            "qweight": words_of(values.T, 0), "qzeros": words_of(zeros.T - 1, 1), "scales": scales.T.half(),
+            "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // size,
+        }  # fmt: skip
+    else:
+        stored = {
+            "weight_packed": words_of(values, 1), "weight_zero_point": words_of(zeros, 0), "weight_scale": scales,
+            "weight_shape": torch.tensor(weight.shape),
+        }  # fmt: skip
+    return {base + key: value for key, value in stored.items()}, meant
+
+
 def _quantize(name: str, weight: torch.Tensor, how: dict[str, Any]) -> tuple[Tensors, torch.Tensor]:
     """(what the checkpoint holds, what it means)."""
+    if "layout" in how:
+        return _with_zeros(name, weight, how)
     block = tuple(size or whole for size, whole in zip(how["block"], weight.shape, strict=True))
     scales = _scales(weight, block, how["greatest"])
     every, base = _every(scales, block, weight.shape), name.removesuffix("weight")
@@ -93,6 +134,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "int4-group": dict(
         dtype=torch.int8, packed=4, greatest=7.0, block=(1, 32),
         config=_compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}),
+    ),
+    "int4-zeros": dict(
+        layout="compressed-tensors", block=(1, 32),
+        config=_compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}),
+    ),
+    "awq": dict(
+        layout="awq", block=(1, 32), config={"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    ),
+    "gptq": dict(
+        layout="gptq", block=(1, 32), config={"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
     ),
 }  # fmt: skip
 """By name: how weights of linear layers are stored, and what config.json says of it."""

@@ -31,7 +31,10 @@ _LLAMA3 = dict(
     original_max_position_embeddings=64,
 )  # fmt: skip
 _YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+_FULL_YARN = dict(_YARN, beta_fast=32.0, beta_slow=1.0, truncate=False)
 _GEMMA = dict(num_attention_heads=4, num_key_value_heads=2, query_pre_attn_scalar=80, sliding_window=24)
+
+_MOE = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=43)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -46,6 +49,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", dict(_GEMMA, layer_types=["sliding_attention"] * 2 + ["full_attention"])),
     # Phi-3 has no head_dim of its own: hidden_size / heads.
     "phi3": ("Phi3Config", dict(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)),
+    "mixtral": (
+        "MixtralConfig",
+        dict(num_local_experts=8, num_experts_per_tok=3, intermediate_size=43, sliding_window=24),
+    ),
+    # Experts in every other layer, so that layers of both kinds take turns.
+    "qwen2-moe": ("Qwen2MoeConfig", dict(_MOE, decoder_sparse_step=2, shared_expert_intermediate_size=51)),
+    "qwen3-moe": ("Qwen3MoeConfig", dict(_MOE, mlp_only_layers=[0], norm_topk_prob=True)),
+    "gpt-oss": (
+        "GptOssConfig",
+        dict(
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            intermediate_size=43,
+            sliding_window=24,
+            rope_parameters=_FULL_YARN,
+        ),
+    ),
 }
 """Name -> (class of transformers' config, what differs from the common shape)."""
 _EIGHT = dict(num_attention_heads=8, num_key_value_heads=2)
@@ -63,13 +83,13 @@ that the Pallas kernels serve; sizes that groups of quantized columns divide, on
 is the embedding, as vLLM's class of Gemma 2 has it."""
 
 
-def build(name: str) -> torch.nn.Module:
-    """A float32 model with random weights, scaled so that greedy decoding wanders."""
+def build(name: str, **changes: Any) -> torch.nn.Module:
+    """A float32 model with random weights, scaled so that greedy decoding wanders; its config has `changes`."""
     import transformers
 
     name, _, variant = name.partition("@")
     kind, extra = FAMILIES[name]
-    fields = {**_COMMON, **extra, **VARIANTS[variant]}
+    fields = {**_COMMON, **extra, **VARIANTS[variant], **changes}
     if variant == "deep" and "layer_types" in fields:  # the pattern once more, and the layer it begins with
         fields["layer_types"] = fields["layer_types"] * 2 + fields["layer_types"][:1]
         fields["num_hidden_layers"] = len(fields["layer_types"])
@@ -106,7 +126,13 @@ def prompts(count: int, *, seed: int = 0, longest: int = 60) -> list[list[int]]:
 def _model(path: str) -> torch.nn.Module:
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").float().eval()
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation="eager", experts_implementation="eager"
+        )
+        .float()
+        .eval()
+    )
 
 
 def greedy(path: str, prompt: list[int], count: int) -> list[int]:

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpu_inference.layers.common.moe import ACTIVATIONS, INTERLEAVED, ExpertWeights, Routing, experts, route
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.moe import (
+    ACTIVATIONS,
+    INTERLEAVED,
+    ExpertWeights,
+    Routing,
+    experts,
+    refuse_uneven_experts,
+    route,
+)
 from tpu_inference.layers.common.partition import Partition
 from tpu_inference.layers.common.sharding import make_mesh
 
@@ -68,23 +77,60 @@ def by_loops(x, weights, ids, p, activation, weigh_input):
     return out
 
 
-@pytest.mark.parametrize("weigh_input", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-@pytest.mark.parametrize("shards", [1, 2])
-def test_experts(activation, biased, shards, weigh_input):
+def check(activation, *, biased=False, sharding="whole", weigh_input=False, ids=None, form=None):
     p = random_experts(activation, biased=biased)
     rng = np.random.default_rng(4)
-    x = rng.normal(size=(TOKENS, DIM)).astype(np.float32)
-    ids = np.stack([rng.permutation(EXPERTS)[:2] for _ in range(TOKENS)])
+    if ids is None:
+        ids = np.stack([rng.permutation(EXPERTS)[:2] for _ in range(TOKENS)])
+    x = rng.normal(size=(len(ids), DIM)).astype(np.float32)
     weights = rng.uniform(0.1, 1, size=ids.shape).astype(np.float32)
     placed = p
-    if shards > 1 and not activation.endswith("_no_mul") and activation not in INTERLEAVED:
-        rows = Partition((WIDTH, WIDTH), (WIDTH, WIDTH), shards).rows(True)
+    if sharding == "width" and not activation.endswith("_no_mul") and activation not in INTERLEAVED:
+        rows = Partition((WIDTH, WIDTH), (WIDTH, WIDTH), 2).rows(True)
         placed = ExpertWeights(p.w13[:, rows], p.w2, None if p.b13 is None else p.b13[:, rows], p.b2)
     found = experts(
         jnp.asarray(x), jnp.asarray(weights), jnp.asarray(ids), placed,
-        activation=activation, mesh=make_mesh(jax.devices(), shards), divided=shards > 1,
-        accumulate_dtype=jnp.float32, weigh_input=weigh_input,
+        activation=activation, mesh=make_mesh(jax.devices(), 1 if sharding == "whole" else 2), sharding=sharding,
+        accumulate_dtype=jnp.float32, weigh_input=weigh_input, implementation=form,
     )  # fmt: skip
     np.testing.assert_allclose(found, by_loops(x, weights, ids, p, activation, weigh_input), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("sharding", ["whole", "width", "experts"])
+def test_experts(activation, sharding):
+    check(activation, biased=True, sharding=sharding)
+
+
+@pytest.mark.parametrize("sharding", ["whole", "width", "experts"])
+def test_experts_that_take_weighed_inputs(sharding):
+    check("swigluoai", biased=True, sharding=sharding, weigh_input=True)
+    check("silu", sharding=sharding, weigh_input=True)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    sharding=st.sampled_from(["whole", "experts"]),
+    # Every expert, one that all tokens choose, and none of the second device.
+    chosen=st.sampled_from([range(EXPERTS), (3,), range(EXPERTS // 2)]),
+    tokens=st.sampled_from([1, 9]),
+    top_k=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_any_choice(sharding, chosen, tokens, top_k, seed):
+    rng = np.random.default_rng(seed)
+    ids = [rng.permutation(chosen)[: min(top_k, len(chosen))] for _ in range(tokens)]
+    check("silu", ids=np.stack(ids), sharding=sharding)
+
+
+@pytest.mark.slow
+@pytest.mark.interpret
+@pytest.mark.parametrize("sharding", ["whole", "experts"])
+def test_by_the_kernel(sharding):
+    check("silu", biased=True, form="pallas_interpret", sharding=sharding)
+
+
+def test_experts_that_do_not_divide_are_refused():
+    refuse_uneven_experts(8, 4)
+    with pytest.raises(TpuInferenceError, match=r"8 experts on 3 devices: .* Use a --tensor-parallel-size"):
+        refuse_uneven_experts(8, 3)

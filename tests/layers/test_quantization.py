@@ -4,9 +4,12 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from compressed_tensors.compressors import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.quantized_models import AWQ_ORDER, words_of
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.quantization import (
     PackedSource,
@@ -43,6 +46,37 @@ def test_any_part_of_packed_values(box, bits):
     words = (fields << np.arange(0, 32, bits, dtype=np.uint64)).sum(-1).astype(np.uint32).view(np.int32)
     source = PackedSource("w", words.shape, bits=bits)
     assert (source.read(reader(words), "w", box) == values[box]).all()
+
+
+def with_zeros(layout, rows=16, columns=24, group=8):
+    """(words, words of zero points, values minus zero points)."""
+    rng = np.random.default_rng(1)
+    values, zeros = (
+        torch.from_numpy(rng.integers(0, 16, (rows, columns))),
+        torch.from_numpy(rng.integers(0, 16, (rows, columns // group))),
+    )
+    if layout == "awq":
+        words = (words_of(values.T, 1, AWQ_ORDER), words_of(zeros.T, 1, AWQ_ORDER))
+    elif layout == "gptq":
+        zeros[:] = 8
+        words = (words_of(values.T, 0), None)
+    else:  # as the library packs them, which counts from the middle of the range
+        words = tuple(pack_to_int32((t - 8).to(torch.int8), 4, packed_dim=dim) for t, dim in ((values, 1), (zeros, 0)))
+    return *words, (values - zeros.repeat_interleave(group, 1)).numpy()
+
+
+@settings(deadline=None)
+@given(boxes(16, 24), st.sampled_from(["awq", "gptq", "compressed-tensors"]))
+def test_any_part_of_values_with_zero_points(box, layout):
+    words, zeros, meant = with_zeros(layout)
+    scheme = Scheme(
+        "int8", (1, 8), packed=4, layout=layout, zeros_name=None if zeros is None else "zeros", values_name="words"
+    )
+    source = scheme.values(Source("l.weight", meant.shape))
+    assert source.accepts(tuple(words.shape)) and scheme.weight_shape(tuple(words.shape)) == meant.shape
+    assert [(s.name, s.shape) for s in source.beside] == ([] if zeros is None else [("l.zeros", tuple(zeros.shape))])
+    tensors = {"l.words": words.numpy(), "l.zeros": None if zeros is None else zeros.numpy()}
+    assert (source.read(lambda name, index: tensors[name][index], "l.words", box) == meant[box]).all()
 
 
 @settings(deadline=None)

@@ -377,6 +377,7 @@ def vllm_config(path, load_format="auto", **changes):
             dtype=torch.float32,
             max_model_len=64,
         ),
+        parallel_config=SimpleNamespace(enable_expert_parallel=False),
         load_config=LoadConfig(load_format=load_format, use_tqdm_on_load=False),
         quant_config=None,
         additional_config={"scan_layers": False, "background_compile": False},

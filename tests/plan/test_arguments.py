@@ -28,6 +28,11 @@ def test_options_reach_the_server_under_their_names():
     assert (question.tensor_parallel, [str(s) for s in question.slices]) == (4, ["v6e:2x4"])
 
 
+def test_experts_are_divided_when_asked_for_only():
+    assert parse(["--model", "m", *SLICE]).engine == {}
+    assert parse(["--model", "m", *SLICE, "--enable-expert-parallel"]).engine == {"enable_expert_parallel": True}
+
+
 def test_slices_to_compare_are_taken_once_and_prices_by_chip():
     question = parse(
         ["--model", "m", "--compare", "v5e:2x4", "v6e:2x2", "v5e:2x4", "--price", "v6e=2.7", "v5litepod=1"]

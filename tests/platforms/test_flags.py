@@ -72,7 +72,6 @@ ALSO = {
     "collect_detailed_traces": dict(otlp_traces_endpoint="http://127.0.0.1:1"),
     "decode_context_parallel_size": dict(tensor_parallel_size=2),
     "enable_eplb": dict(tensor_parallel_size=2, enable_expert_parallel=True),
-    "enable_expert_parallel": dict(tensor_parallel_size=2),
     "enable_mamba_cache_stochastic_rounding": dict(mamba_ssm_cache_dtype="float16"),
     "mamba_cache_philox_rounds": dict(enable_mamba_cache_stochastic_rounding=True, mamba_ssm_cache_dtype="float16"),
     "mamba_config": dict(mamba_backend="flashinfer"),
@@ -83,7 +82,7 @@ ALSO = {
 }
 """What vLLM wants to be set with it."""
 BY_VLLM = set(
-    "decode_context_parallel_size enable_cumem_allocator enable_elastic_ep enable_eplb enable_expert_parallel enable_fault_tolerance "
+    "decode_context_parallel_size enable_cumem_allocator enable_elastic_ep enable_eplb enable_fault_tolerance "
     "enable_trace_replay engram_config ray_workers_use_nsight return_sampling_mask".split()
 )
 """Flags for which vLLM's own checks of this platform, or of the value, come first."""

@@ -86,7 +86,6 @@ def test_default_block_size(max_model_len, platform, size):
     [
         (dict(pipeline_parallel_size=2), "pipeline parallelism.*use --tensor-parallel-size"),
         (dict(data_parallel_size=2), "data parallelism"),
-        (dict(tensor_parallel_size=2, enable_expert_parallel=True), "expert parallelism"),
         (dict(distributed_executor_backend="mp"), "executor 'mp'"),
         (dict(distributed_executor_backend=MultiprocExecutor), "executor 'MultiprocExecutor'"),
         (dict(enable_lora=True), "LoRA"),

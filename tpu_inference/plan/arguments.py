@@ -21,6 +21,7 @@ ENGINE_OPTIONS = (
     "gpu_memory_utilization",
     "block_size",
     "additional_config",
+    "enable_expert_parallel",
 )
 """Handed to vLLM as they are, under the same names; what is not given keeps the server's default for the chip."""
 NO_EXPORT = (
@@ -110,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu-memory-utilization", type=_share, help="share of the HBM that the engine may use (default: the server's)"
     )
     add("--block-size", type=_positive, help="tokens a block of the KV cache holds (default: the platform's)")
+    add(
+        "--enable-expert-parallel",
+        action="store_const",
+        const=True,
+        help="give each device whole experts, instead of a part of every one",
+    )
     add("--additional-config", type=_object, help="our own settings, as in '{\"token_buckets\": [16, 1024]}'")
     add(
         "--batch",

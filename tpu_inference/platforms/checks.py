@@ -111,11 +111,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "data parallelism (data_parallel_size={})",
         "start one server a replica",
     ),
-    Refusal(
-        lambda c: c.parallel_config.enable_expert_parallel,
-        "expert parallelism",
-        "remove --enable-expert-parallel",
-    ),
     Refusal(lambda c: c.parallel_config.enable_eplb, "expert load balancing", "remove --enable-eplb"),
     Refusal(
         lambda c: _more_than_one(c.parallel_config.prefill_context_parallel_size),

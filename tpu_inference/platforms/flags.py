@@ -19,6 +19,7 @@ SERVED: dict[str, str] = {
     "download_dir": "",
     "dtype": "`bfloat16` or `float32`, on the CPU backend also `float16`; others are refused",
     "enable_chunked_prefill": "",
+    "enable_expert_parallel": "the devices of `--tensor-parallel-size` get whole experts, as many each; an uneven number is refused at load",
     "enable_log_requests": "",
     "enable_logging_iteration_details": "",
     "enable_mfu_metrics": "vLLM's estimates from the model's shape",
@@ -97,10 +98,16 @@ SERVED: dict[str, str] = {
 """Flags that do what vLLM's documentation says, each with a remark."""
 
 WITHOUT_EFFECT: dict[str, tuple[str, str]] = {
+    "all2all_backend": ("parallel_config.all2all_backend", "XLA does the collectives, whatever it says"),
     "compilation_config": ("", "JAX compiles, not torch; token_buckets of additional_config says for which shapes"),
     "disable_cascade_attn": ("", "vLLM itself no longer reads it"),
     "disable_custom_all_reduce": ("", "XLA does the collectives, whatever it says"),
+    "enable_ep_weight_filter": (
+        "parallel_config.enable_ep_weight_filter",
+        "JAX models read each device's experts alone anyway; PyTorch models are read whole",
+    ),
     "enable_flashinfer_autotune": ("", "FlashInfer is for CUDA; this plugin's kernels come tuned"),
+    "expert_placement_strategy": ("parallel_config.expert_placement_strategy", "experts are placed in their order"),
     "ir_op_priority": ("", "chooses among vLLM's own kernels, none of which runs here"),
     "kernel_config": ("", "chooses among vLLM's own kernels, none of which runs here"),
     "max_cudagraph_capture_size": (
@@ -164,9 +171,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "enable_cumem_allocator": ("model_config.enable_cumem_allocator", "sleep needs no allocator of its own"),
     "enable_dbo": ("", "XLA overlaps"),
-    "enable_elastic_ep": ("parallel_config.enable_elastic_ep", "expert parallelism is not served"),
-    "enable_eplb": ("", "expert parallelism is not served"),
-    "enable_expert_parallel": ("", "experts are divided by --tensor-parallel-size"),
+    "enable_elastic_ep": ("parallel_config.enable_elastic_ep", "the number of devices is fixed"),
+    "enable_eplb": ("", "experts stay where they are"),
     "enable_fault_tolerance": ("parallel_config.enable_fault_tolerance", "data parallelism is not served"),
     "enable_hc_sp": ("parallel_config.enable_hc_sp", _CUDA),
     "enable_layerwise_nvtx_tracing": (
@@ -250,7 +256,6 @@ PART_OF: dict[str, str] = {
     "enable_dbo": "dbo_decode_token_threshold dbo_prefill_token_threshold",
     "enable_elastic_ep": "elastic_ep_max_dp_size",
     "enable_eplb": "eplb_config",
-    "enable_expert_parallel": "all2all_backend enable_ep_weight_filter expert_placement_strategy",
     "enable_fault_tolerance": "fault_tolerance_config",
     "enable_lora": "default_mm_loras enable_mixed_moe_lora_format enable_moe_shared_loras enable_tower_connector_lora fully_sharded_loras "
     "lora_dtype lora_target_modules max_cpu_loras max_lora_cls_labels max_lora_rank max_loras specialize_active_lora",

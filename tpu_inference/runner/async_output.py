@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 
+from tpu_inference.compat import raise_if_nans
 from tpu_inference.layers.common.sampling_logprobs import Logprobs
 from tpu_inference.runner.input_batch import InputBatch
 
@@ -54,15 +55,23 @@ class AsyncOutput(AsyncModelRunnerOutput):
         tokens: jax.Array,
         logprobs: StepLogprobs | None,
         prompt_logprobs: dict[str, LogprobsTensors | None],
+        nans: jax.Array | None = None,
     ) -> None:
+        """`nans`: int32 [rows], NaNs among each row's logits, where they are counted."""
         self._batch, self._tokens, self._logprobs = batch, tokens, logprobs
-        self._prompt_logprobs = prompt_logprobs
-        for array in (tokens, *(logprobs.arrays if logprobs is not None else ())):
+        self._prompt_logprobs, self._nans = prompt_logprobs, nans
+        for array in (tokens, *(logprobs.arrays if logprobs is not None else ()), *(() if nans is None else (nans,))):
             array.copy_to_host_async()
 
     def get_output(self) -> ModelRunnerOutput:
-        """Rows that did not reach their last token sampled nothing: their token list is empty."""
-        batch = self._batch
+        """Rows that did not reach their last token sampled nothing: their token list is empty.
+
+        Raises RuntimeError for logits with NaNs where vLLM's VLLM_RAISE_ON_LOGIT_NANS asks for it.
+        """
+        batch, nans = self._batch, None
+        if self._nans is not None:
+            nans = dict(zip(batch.req_ids, np.asarray(self._nans)[: batch.num_rows].tolist(), strict=True))
+            raise_if_nans(nans)
         tokens = np.asarray(self._tokens)[: batch.num_rows].tolist()
         return ModelRunnerOutput(
             req_ids=batch.req_ids,
@@ -70,4 +79,5 @@ class AsyncOutput(AsyncModelRunnerOutput):
             sampled_token_ids=[[t] if s else [] for t, s in zip(tokens, batch.samples.tolist(), strict=True)],
             logprobs=None if self._logprobs is None else self._logprobs.to_lists(batch.num_rows),
             prompt_logprobs_dict=self._prompt_logprobs,
+            num_nans_in_logits=nans,
         )

@@ -86,6 +86,10 @@ def _prompt_logprobs(model: ModelFunctions, num_logprobs: int, normalised: bool,
     return gather_logprobs(model.logits(params, hidden), targets, num_logprobs, normalised=normalised)
 
 
+def _count_nans(logits: jax.Array) -> jax.Array:
+    return jnp.isnan(logits).sum(axis=1, dtype=jnp.int32)
+
+
 class StepPrograms:
     """Makes, compiles and hands out the programs of one model on one mesh."""
 
@@ -104,16 +108,19 @@ class StepPrograms:
         hidden: jax.ShapeDtypeStruct,
         logprobs_mode: str = "raw_logprobs",
         host_processors: bool = False,
+        counts_nans: bool = False,
     ) -> None:
         """`kv_cache` is abstract, and so are the model's parameters; `hidden` gives width and dtype of the hidden states.
 
         `max_logprobs` and `logprobs_mode` are vLLM's. `host_processors`: some logits are changed on the host, which needs to see them.
+        `counts_nans`: there is a program that counts NaNs among logits.
         """
         self._model, self._plan, self._compilation = model, plan, compilation
         self._kv_cache, self._hidden = kv_cache, hidden
         self._num_groups, self._max_blocks = num_groups, max_blocks
         self._num_slots = num_slots
         self.logprob_sizes = logprob_sizes(max_logprobs, model.vocab_size)
+        self._counts_nans = counts_nans
         self._normalised = logprobs_mode.endswith("logprobs")
         self._processed = logprobs_mode.startswith("processed") or host_processors
         self._compiler_options = _COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
@@ -211,6 +218,9 @@ class StepPrograms:
         words = self._array((rows, self.mask_words), jnp.int32)
         return CompileCase("mask", rows, self._jit(apply_bitmask, out=self._by_vocab), (self._logits(rows), words))
 
+    def nans_case(self, rows: int) -> CompileCase:
+        return CompileCase("nans", rows, self._jit(_count_nans), (self._logits(rows),))
+
     def logprobs_case(self, rows: int, size: int | None = None) -> CompileCase:
         """Of the `size` likeliest tokens; default: the fewest there is a program for."""
         size = self.logprob_sizes[0] if size is None else size
@@ -231,6 +241,7 @@ class StepPrograms:
     def row_cases(self, rows: int) -> list[CompileCase]:
         """The programs between logits and tokens of so many rows."""
         makers = (self.greedy_case, self.sample_case, self.mask_case, self.logprobs_of_case)
+        makers += (self.nans_case,) * self._counts_nans
         return [*(make(rows) for make in makers), *(self.logprobs_case(rows, size) for size in self.logprob_sizes)]
 
     def cases(self, buckets: Sequence[Bucket] | None = None) -> list[CompileCase]:
@@ -254,6 +265,7 @@ class StepPrograms:
             has("forward", bucket)
             and all(has(name, rows) for name in ("sample_greedy", "sample", "mask", "logprobs_of"))
             and all(has("logprobs", (rows, size)) for size in self.logprob_sizes)
+            and (not self._counts_nans or has("nans", rows))
         )
 
     # Run time. Each finds the executable of its bucket and calls it.
@@ -275,6 +287,10 @@ class StepPrograms:
 
     def mask(self, rows: int, *args) -> jax.Array:
         return self._get("mask", rows, lambda: self.mask_case(rows))(*args)
+
+    def nans(self, rows: int, logits: jax.Array) -> jax.Array | None:
+        """int32 [rows], where they are to be counted."""
+        return self._get("nans", rows, lambda: self.nans_case(rows))(logits) if self._counts_nans else None
 
     def logprobs(self, rows: int, wanted: int, *args) -> Logprobs:
         """Of at least the `wanted` likeliest tokens."""

@@ -91,7 +91,7 @@ class Sampler:
             processed = logits
         self._history.record(states, batch, tokens)
         logprobs = self._logprobs(batch, rows, processed if self._reports_processed else allowed, tokens)
-        return AsyncOutput(batch, tokens, logprobs, step.prompt_logprobs)
+        return AsyncOutput(batch, tokens, logprobs, step.prompt_logprobs, programs.nans(rows, step.logits))
 
     def _sample(self, rows: int, logits: jax.Array, sample_slots, words: np.ndarray):
         tokens, self.last_tokens, self.tables.tables, processed = self._programs.sample(

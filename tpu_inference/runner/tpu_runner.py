@@ -13,7 +13,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from tpu_inference import envs
+from tpu_inference import compat, envs
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.ragged_paged_attention import implementation_for, misfit
@@ -103,6 +103,7 @@ class TPUModelRunner:
             hidden=self.functions.hidden,
             logprobs_mode=self.model_config.logprobs_mode,
             host_processors=bool(self.host_processors),
+            counts_nans=compat.counts_nans(),
         )
 
     def programs_for_budget(self) -> StepPrograms:

@@ -25,6 +25,8 @@ class BuildContext:
     """Stack the layers and scan over them, or loop; None: see `scans`."""
     quantization: Quantization | None = None
     """How linear layers' weights are stored, where they are quantized."""
+    expert_parallel: bool = False
+    """Experts are divided among the devices, instead of each expert's width."""
 
     @property
     def shards(self) -> int:

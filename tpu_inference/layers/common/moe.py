@@ -3,13 +3,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from tpu_inference.layers.common.linear import matmul
+from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.forms import Implementation
+from tpu_inference.kernels.grouped_matmul import grouped_matmul, implementation_for
+from tpu_inference.layers.common.expert_dispatch import Dispatch
 from tpu_inference.layers.common.sharding import MODEL_AXIS, spec
 
 _SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -82,6 +86,18 @@ def _gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+def refuse_uneven_experts(num_experts: int, devices: int) -> None:
+    """Raises TpuInferenceError where `num_experts` are not divided evenly among `devices`."""
+    if num_experts % devices:
+        raise TpuInferenceError(
+            f"--enable-expert-parallel with {num_experts} experts on {devices} devices: each device needs as many experts. "
+            "Use a --tensor-parallel-size that divides them, or remove --enable-expert-parallel."
+        )
+
+
+Sharding = Literal["whole", "width", "experts"]
+"""How experts lie on the devices: all on each, each one's width divided, or so many experts on each."""
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": _halves(jax.nn.silu),
     "gelu": _halves(_gelu),
@@ -120,49 +136,71 @@ def experts(
     *,
     activation: str,
     mesh: Mesh,
-    divided: bool,
+    sharding: Sharding,
     accumulate_dtype: Any,
     weigh_input: bool = False,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
-    """The weighted sum of what each token's experts make of it: [T, d].
+    """The weighted sum of what each token's experts make of it: [T, d] in x's dtype.
 
-    Every expert sees every token: right for any routing, and as much memory traffic as any way where a batch uses all experts, but E / k times
-    the arithmetic.
+    Tokens are sorted by expert, so that each expert multiplies its own and no others, and experts without tokens are not read.
 
     Args:
         x: [T, d].
-        weights, ids: [T, k], of `route`.
-        divided: whether the widths of experts are divided over the model axis of `mesh`.
+        weights, ids: [T, k], of `route`; the ids of a token differ.
+        sharding: what is divided over the model axis of `mesh`. With "experts", of which there are as many on each device
+            (`refuse_uneven_experts`), every device has all tokens, and computes what its own experts make of them.
+        accumulate_dtype: in which devices' parts are summed.
         weigh_input: weights go on what experts take in, not on what they give out.
+        implementation: of `grouped_matmul`; None for what the devices of the mesh run.
     """
-    num_experts = parameters.w13.shape[0]
-    coefficients = (jax.nn.one_hot(ids, num_experts, dtype=jnp.float32) * weights[..., None]).sum(1)
-    act, b13 = ACTIVATIONS[activation], parameters.b13
-
-    def of_shard(x: jax.Array, coefficients: jax.Array, w13: jax.Array, w2: jax.Array, *b13: jax.Array) -> jax.Array:
-        def add(e: jax.Array, total: jax.Array) -> jax.Array:
-            weight = coefficients[:, e, None]
-            h = matmul(x * weight.astype(x.dtype) if weigh_input else x, w13[e], accumulate_dtype)
-            if b13:
-                h = h + b13[0][e]
-            y = matmul(act(h), w2[e], accumulate_dtype)
-            return total + y * ((weight != 0) if weigh_input else weight)
-
-        total = jax.lax.fori_loop(0, num_experts, add, jnp.zeros(x.shape, jnp.float32))
-        return jax.lax.psum(total, MODEL_AXIS) if divided else total
-
-    args = (x, coefficients, parameters.w13, parameters.w2, *(() if b13 is None else (b13,)))
-    if divided:
-        whole = PartitionSpec()
+    form = implementation or implementation_for(mesh.devices.flat[0])
+    of_shard = partial(_of_shard, activation=activation, weigh_input=weigh_input, form=form, owns=sharding == "experts")
+    args = (x, weights, ids, parameters.w13, parameters.w2, *(() if parameters.b13 is None else (parameters.b13,)))
+    if sharding != "whole":
+        divisions = {
+            "width": (spec((None, "mlp", None)), spec((None, None, "mlp")), spec((None, "mlp"))),
+            "experts": (spec(("experts",)),) * 3,
+        }[sharding]
+        local, whole = of_shard, PartitionSpec()
         of_shard = jax.shard_map(
-            of_shard,
-            mesh=mesh,
-            in_specs=(whole, whole, spec((None, "mlp", None)), spec((None, None, "mlp")), spec((None, "mlp")))[: len(args)],
-            out_specs=whole,
-            check_vma=False,
+            lambda *args: jax.lax.psum(local(*args).astype(accumulate_dtype), MODEL_AXIS),
+            mesh=mesh, in_specs=(whole, whole, whole, *divisions)[: len(args)], out_specs=whole, check_vma=False,
         )  # fmt: skip
     out = of_shard(*args)
-    if parameters.b2 is not None:
-        chosen = (coefficients != 0).astype(jnp.float32) if weigh_input else coefficients
-        out = out + chosen @ parameters.b2.astype(jnp.float32)
+    if parameters.b2 is not None:  # once, not by every device that has a part of the product
+        factors = jnp.ones_like(weights) if weigh_input else weights
+        chosen = (jax.nn.one_hot(ids, len(parameters.b2), dtype=jnp.float32) * factors[..., None]).sum(1)
+        out = out + jnp.matmul(chosen, parameters.b2.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return out.astype(x.dtype)
+
+
+def _of_shard(
+    x: jax.Array,
+    weights: jax.Array,
+    ids: jax.Array,
+    w13: jax.Array,
+    w2: jax.Array,
+    b13: jax.Array | None = None,
+    *,
+    activation: str,
+    weigh_input: bool,
+    form: Implementation,
+    owns: bool,
+) -> jax.Array:
+    """What the experts of one device add, float32 [T, d]; `owns`: they are some of all, not a part of each."""
+    num_experts = w13.shape[0]
+    if owns:
+        ids = ids - jax.lax.axis_index(MODEL_AXIS) * num_experts
+    dispatch = Dispatch.of(ids, num_experts)
+    rows = x[dispatch.token]
+    if weigh_input:
+        rows = rows * weights.reshape(-1)[dispatch.order][:, None].astype(x.dtype)
+    product = partial(grouped_matmul, group_sizes=dispatch.group_sizes, implementation=form)
+    h = product(rows, w13)
+    if b13 is not None:
+        h = h + b13[dispatch.expert]
+    y = product(ACTIVATIONS[activation](h), w2)
+    # By token again. Those of experts elsewhere are not numbers that anyone computed.
+    y = jnp.where(dispatch.here[..., None], y[dispatch.place].astype(jnp.float32), 0)
+    return y.sum(1) if weigh_input else (y * weights[..., None]).sum(1)

@@ -9,10 +9,12 @@ the sources below turn what is read into rows.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.packed import Layout, PackedSource
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 
 Read = Callable[..., np.ndarray]
@@ -26,33 +28,20 @@ class ScaleSource(Source):
     """Scales of a weight [rows, columns]: `shape` is (entries, groups), and an entry is of `rows_of_entry` neighbouring rows."""
 
     rows_of_entry: int = 1
+    transposed: bool = False
+    """Whether the checkpoint has them as [groups, entries]."""
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
-        return math.prod(shape) == math.prod(self.shape)
+        return shape == self.shape[::-1] if self.transposed else math.prod(shape) == math.prod(self.shape)
 
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        entries = read(name).astype(np.float32).reshape(self.shape)
+        entries = read(name).astype(np.float32)
+        entries = entries.T if self.transposed else entries.reshape(self.shape)
         rows, columns = index
         first = rows.start // self.rows_of_entry
         wanted = entries[first : -(-rows.stop // self.rows_of_entry), columns]
         start = rows.start - first * self.rows_of_entry
         return np.repeat(wanted, self.rows_of_entry, axis=0)[start : start + rows.stop - rows.start]
-
-
-@dataclass(frozen=True)
-class PackedSource(Source):
-    """Values of so many bits, as many as fit into an int32, from the lowest bits on and counted from the least of them; `shape` is [rows, words]."""
-
-    bits: int = 4
-
-    def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        rows, columns = index
-        bits, fit = self.bits, 32 // self.bits
-        first = columns.start // fit
-        words = read(name, (rows, slice(first, -(-columns.stop // fit)))).view(np.uint32)
-        fields = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
-        values = fields.reshape(words.shape[0], -1).astype(np.int16) - 2 ** (bits - 1)
-        return values[:, columns.start - first * fit :][:, : columns.stop - columns.start].astype(np.int8)
 
 
 def scales_of_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
@@ -97,8 +86,24 @@ class Scheme:
     """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row."""
     packed: int = 0
     """Bits of a value where they are stored as `PackedSource` reads them, else 0."""
+    layout: Layout = "compressed-tensors"
+    """Of packed values."""
+    zeros_name: str | None = None
+    """Last part of the name of packed values' zero points, where they have any."""
     values_name: str = "weight"
     scales_name: str = "weight_scale"
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Last parts of the names of the tensors that the checkpoint has of each layer."""
+        zeros = () if self.zeros_name is None else (self.zeros_name,)
+        return (self.values_name, self.scales_name, *zeros)
+
+    def weight_shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """[rows, columns] of a weight whose values are stored in that shape."""
+        if not self.packed:
+            return stored[0], stored[1]
+        return PackedSource("", stored, bits=self.packed, layout=self.layout).weight_shape
 
     def groups(self, columns: int) -> int:
         """Scales of a row."""
@@ -110,9 +115,18 @@ class Scheme:
             return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype)
         name = source.name.removesuffix("weight") + self.values_name
         if self.packed:
-            words = -(-source.shape[1] * self.packed // 32)
-            return PackedSource(name, (source.shape[0], words), source.offset, self.packed)
+            return self._packed(source, name)
         return replace(source, name=name)
+
+    def _packed(self, source: Source, name: str) -> Source:
+        (rows, columns), words = source.shape, lambda n: -(-n * self.packed // 32)
+        shape = {
+            "compressed-tensors": (rows, words(columns)),
+            "gptq": (words(columns), rows),
+            "awq": (columns, words(rows)),
+        }[self.layout]
+        zeros = self.zeros_name and source.name.removesuffix("weight") + self.zeros_name
+        return PackedSource(name, shape, source.offset, self.packed, self.layout, zeros, self.block[1] or columns)
 
     def scales(self, source: Source) -> Source:
         """Its scales."""
@@ -120,7 +134,13 @@ class Scheme:
             return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, wants_scales=True)
         rows_of_entry = self.block[0] or source.shape[0]
         shape = (-(-source.shape[0] // rows_of_entry), self.groups(source.shape[1]))
-        return ScaleSource(source.name.removesuffix("weight") + self.scales_name, shape, source.offset, rows_of_entry)
+        return ScaleSource(
+            source.name.removesuffix("weight") + self.scales_name,
+            shape,
+            source.offset,
+            rows_of_entry,
+            self.layout != "compressed-tensors",
+        )
 
 
 @dataclass(frozen=True)
@@ -132,6 +152,8 @@ class Quantization:
     num_layers: int
     unread: tuple[str, ...] = ()
     """Ends of names of tensors that such checkpoints have and nothing here reads."""
+    experts: Literal["mxfp4"] | None = None
+    """How those of gpt-oss are stored; None: quantized models with experts are refused."""
 
     def of_weight(self, pieces: tuple[Piece, ...]) -> Scheme | None:
         """The one scheme of what a weight is assembled from, in every layer.

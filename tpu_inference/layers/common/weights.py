@@ -25,10 +25,15 @@ class Source:
     """A tensor of the checkpoint, or the part of one that starts at `offset` of the pieced axis."""
 
     name: str
-    """May contain "{layer}"."""
+    """May contain "{layer}" and "{expert}"."""
     shape: tuple[int, ...]
-    """Shape of the whole tensor in the checkpoint."""
+    """Shape of the whole tensor in the checkpoint. Of an expert's weight whose name has no "{expert}", experts come first."""
     offset: int = 0
+
+    @property
+    def beside(self) -> "tuple[Source, ...]":
+        """Other tensors that are read with it."""
+        return ()
 
     def piece(self, start: int, size: int) -> "Piece":
         """Indices start:start + size of this source, counted from its offset."""
@@ -41,6 +46,15 @@ class Source:
     def read(self, read: Callable[..., np.ndarray], name: str, index: tuple[slice, ...]) -> np.ndarray:
         """The part `index` of what the device holds of it; `read(name, index)` reads of the checkpoint's tensor of that name."""
         return read(name, index)
+
+
+@dataclass(frozen=True)
+class TransposedSource(Source):
+    """A matrix that the checkpoint stores as [in, out]."""
+
+    def read(self, read: Callable[..., np.ndarray], name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        return read(name, (columns, rows)).T
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,12 @@ class WeightSpec:
     """Layers stacked in front, for scanned layers; the source names then contain "{layer}"."""
     layer: int | None = None
     """The one layer this is, for looped layers."""
+    first_layer: int = 0
+    """Which of the model's layers is the first of those stacked."""
+    experts: int | None = None
+    """Experts stacked in front of `shape`, behind the layers; `shape`, `axes` and `axis` are of one expert's weight."""
+    experts_axis: str | None = None
+    """Logical axis of that dimension."""
     init: Literal["normal", "zeros", "ones", "scales"] = field(default="normal")
     """Dummy value: N(0, 0.02), or whole numbers where the dtype has no others; a constant, which for scales is one that makes 0.02 of those."""
 
@@ -77,30 +97,36 @@ class WeightSpec:
 
     @property
     def device_shape(self) -> tuple[int, ...]:
-        stacked = () if self.layers is None else (self.layers,)
-        return stacked + self.shape
+        return tuple(n for n in (self.layers, self.experts) if n is not None) + self.shape
 
     @property
     def device_axes(self) -> LogicalAxes:
-        stacked = () if self.layers is None else ("layers",)
-        return stacked + self.axes
+        layers = () if self.layers is None else ("layers",)
+        experts = () if self.experts is None else (self.experts_axis,)
+        return layers + experts + self.axes
 
     @property
     def layer_indices(self) -> Sequence[int | None]:
         """The layers whose checkpoint tensors this array holds; [None] for a weight of no layer."""
-        return [self.layer] if self.layers is None else range(self.layers)
+        return [self.layer] if self.layers is None else range(self.first_layer, self.first_layer + self.layers)
+
+    @property
+    def expert_indices(self) -> Sequence[int | None]:
+        """The experts whose checkpoint tensors this array holds; [None] for a weight of no expert."""
+        return [None] if self.experts is None else range(self.experts)
 
     def sources(self) -> dict[str, Source]:
         """By name template, every tensor of the checkpoint that this weight reads."""
-        return {p.source.name: p.source for p in self.pieces if p.source is not None}
+        found = [p.source for p in self.pieces if p.source is not None]
+        return {source.name: source for first in found for source in (first, *first.beside)}
 
     def abstract(self, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
         """Shape, dtype and sharding of the array on the device."""
         sharding = named_sharding(mesh, self.device_axes)
         return jax.ShapeDtypeStruct(self.device_shape, self.dtype, sharding=sharding)
 
-    def stacked(self, layers: int) -> "WeightSpec":
-        return replace(self, layers=layers)
+    def stacked(self, layers: int, first: int = 0) -> "WeightSpec":
+        return replace(self, layers=layers, first_layer=first)
 
     def of_layer(self, layer: int) -> "WeightSpec":
         return replace(self, layer=layer)

@@ -13,7 +13,7 @@ from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.linear import before_split
 from tpu_inference.layers.common.rope import apply_rope
-from tpu_inference.layers.common.weights import Piece, Source, merge_pieces, slots
+from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, merge_pieces, slots
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import Linear
 from tpu_inference.layers.jax.norm import RMSNorm
@@ -37,6 +37,9 @@ class Attention(nnx.Module):
             ctx, (cfg.hidden_size, plan.num_q_slots * cfg.head_dim), ("embed", "heads"),
             slots(source, plan.q_slots, cfg.head_dim), axis=1, bias=[bias] if cfg.o_bias else None,
         )  # fmt: skip
+        sinks = slots(Source(f"{cfg.names.layer}.{cfg.names.sinks}", (cfg.num_heads,)), plan.q_slots, 1)
+        spec = WeightSpec((plan.num_q_slots,), ctx.dtype, ("heads",), sinks)
+        self.sinks = nnx.Param(spec) if cfg.sinks else None
         self.q_norm, self.k_norm = (
             RMSNorm(ctx, f"{cfg.names.layer}.{name}", cfg.head_dim, cfg.eps, cfg.norm_offset) if cfg.qk_norm else None
             for name in (cfg.names.q_norm, cfg.names.k_norm)
@@ -82,5 +85,6 @@ class Attention(nnx.Module):
         out, kv_cache = attention(
             q, k, v, kv_cache, layer, meta,
             mesh=self.mesh, scale=cfg.scale, soft_cap=cfg.attention_soft_cap, sliding_window=window,
+            sinks=None if self.sinks is None else self.sinks[...],
         )  # fmt: skip
         return self.o(out.reshape(tokens, -1)), kv_cache

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dense decoder is made of: the one description that its layers are built from."""
+"""What a decoder is made of: the one description that its layers are built from."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.moe import Routing
 from tpu_inference.layers.common.rope import Rope, rope_from_config
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
@@ -22,6 +23,7 @@ class WeightNames:
     o: str = "self_attn.o_proj"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+    sinks: str = "self_attn.sinks"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     attention_norms: tuple[str, ...] = ("input_layernorm",)
@@ -31,8 +33,49 @@ class WeightNames:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """Names in the checkpoint, relative to `WeightNames.layer`. Names without "{expert}" are of tensors that hold all experts."""
+
+    router: str = "mlp.gate"
+    router_score_bias: str = "mlp.gate.e_score_correction_bias"
+    gate_up: tuple[str, ...] = ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight")
+    """A name alone: the checkpoint fuses them."""
+    down: str = "mlp.experts.{expert}.down_proj.weight"
+    gate_up_bias: str | None = None
+    down_bias: str | None = None
+    shared_gate_up: tuple[str, ...] = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
+    shared_down: str = "mlp.shared_experts.down_proj"
+    shared_gate: str | None = None
+    """A Linear of one output, whose sigmoid is the shared expert's weight; None: it has none."""
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A layer of experts."""
+
+    num_experts: int
+    width: int
+    """Of one expert."""
+    routing: Routing
+    activation: str = "silu"
+    """A key of `layers.common.moe.ACTIVATIONS`."""
+    shared_width: int = 0
+    """Of the expert that every token goes to; 0: there is none."""
+    router_bias: bool = False
+    router_float32: bool = False
+    """Whether the router multiplies in float32 whatever the model's type (DeepSeek)."""
+    score_bias: bool = False
+    """Whether scores have a bias for the choice alone (DeepSeek V3)."""
+    transposed: bool = False
+    """Whether the checkpoint stores experts as [in, out]."""
+    weigh_input: bool = False
+    """Whether weights go on what experts take in (Llama 4)."""
+    names: ExpertNames = field(default_factory=ExpertNames)
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
-    """A dense decoder-only transformer."""
+    """A decoder-only transformer."""
 
     vocab_size: int
     hidden_size: int
@@ -58,7 +101,18 @@ class DecoderConfig:
     embed_scale: float = 1.0
     attention_soft_cap: float | None = None
     logits_soft_cap: float | None = None
+    sinks: bool = False
+    """Whether each head has the score of one more key, which has no value (gpt-oss)."""
     names: WeightNames = field(default_factory=WeightNames)
+    moe: MoEConfig | None = None
+    moe_of_layer: tuple[bool, ...] = ()
+    """Which layers have experts in the place of the MLP; empty: none."""
+
+    def runs(self) -> list[range]:
+        """Layers that follow each other and are alike, which one scan can run."""
+        kinds = self.moe_of_layer or (False,) * self.num_layers
+        starts = [i for i in range(self.num_layers) if i == 0 or kinds[i] != kinds[i - 1]]
+        return [range(start, stop) for start, stop in zip(starts, [*starts[1:], self.num_layers], strict=True)]
 
 
 def decoder_config(hf: Any, max_model_len: int, **choices: Any) -> DecoderConfig:

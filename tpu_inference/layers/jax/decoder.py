@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dense decoder: embedding, layers that repeat by scan or by loop, final norm, logits."""
+"""A decoder: embedding, layers that repeat by scan or by loop, final norm, logits."""
 
 from functools import partial
 from typing import Any
@@ -16,20 +16,21 @@ from tpu_inference.layers.common.weights import Source, WeightSpec, map_specs, p
 from tpu_inference.layers.jax.attention import Attention
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.mlp import GatedMLP
+from tpu_inference.layers.jax.moe import MoE
 from tpu_inference.layers.jax.norm import RMSNorm
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each with a norm before and, where the family has one, a norm after."""
+    """Attention and MLP (or experts), each with a norm before and, where the family has one, a norm after."""
 
-    def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
+    def __init__(self, cfg: DecoderConfig, ctx: BuildContext, *, moe: bool = False) -> None:
         def norms(names: tuple[str, ...]) -> nnx.List:
             return nnx.List(
                 RMSNorm(ctx, f"{cfg.names.layer}.{name}", cfg.hidden_size, cfg.eps, cfg.norm_offset) for name in names
             )
 
         self.attention_norms, self.mlp_norms = norms(cfg.names.attention_norms), norms(cfg.names.mlp_norms)
-        self.attention, self.mlp = Attention(cfg, ctx), GatedMLP(cfg, ctx)
+        self.attention, self.mlp = Attention(cfg, ctx), MoE(cfg, ctx) if moe else GatedMLP(cfg, ctx)
 
     def __call__(self, x: jax.Array, kv_cache: KVCache, layer, meta: AttentionMetadata, rope, window):
         """Returns (x, kv_cache)."""
@@ -57,16 +58,17 @@ class Decoder(nnx.Module):
         self.cfg = cfg
         self.dtype, self.accumulate_dtype = ctx.dtype, ctx.accumulate_dtype
         self.embed = nnx.Param(self._vocab_spec(cfg.names.embed, ctx))
-        layer = DecoderLayer(cfg, ctx)
         self.scans = ctx.scans
-        if self.scans:
-            self.layers = _with_specs(layer, lambda spec: spec.stacked(cfg.num_layers))
-        else:
-            self.layers = nnx.List(
-                _with_specs(layer, lambda spec, i=i: spec.of_layer(i)) for i in range(cfg.num_layers)
-            )
+        self.layers = nnx.List(layers for run in cfg.runs() for layers in self._of_run(run, ctx))
         self.norm = RMSNorm(ctx, cfg.names.norm, cfg.hidden_size, cfg.eps, cfg.norm_offset)
         self.lm_head = None if cfg.tie_embeddings else nnx.Param(self._vocab_spec(cfg.names.lm_head, ctx))
+
+    def _of_run(self, run: range, ctx: BuildContext) -> list[DecoderLayer]:
+        """The layers of `run`, or one whose weights are all of theirs, stacked."""
+        layer = DecoderLayer(self.cfg, ctx, moe=bool(self.cfg.moe_of_layer) and self.cfg.moe_of_layer[run.start])
+        if self.scans:
+            return [_with_specs(layer, lambda spec: spec.stacked(len(run), run.start))]
+        return [_with_specs(layer, lambda spec, i=i: spec.of_layer(i)) for i in run]
 
     def _vocab_spec(self, name: str, ctx: BuildContext) -> WeightSpec:
         size, width = self.cfg.vocab_size, self.cfg.hidden_size
@@ -90,22 +92,27 @@ class Decoder(nnx.Module):
         return x, kv_cache
 
     def _scan(self, x, kv_cache, meta, ropes):
-        cfg = self.cfg
-        graphdef, state = nnx.split(self.layers)
+        for run, stacked in zip(self.cfg.runs(), self.layers, strict=True):
+            x, kv_cache = self._scan_run(run, stacked, x, kv_cache, meta, ropes)
+        return x, kv_cache
+
+    def _scan_run(self, run: range, stacked: DecoderLayer, x, kv_cache, meta, ropes):
+        window_of_layer = [self.cfg.window_of_layer[i] for i in run]
+        graphdef, state = nnx.split(stacked)
         # What all layers share stays a Python value, so that the op can leave its masks out.
-        shared = set(cfg.window_of_layer)
-        windows = jnp.asarray([w or -1 for w in cfg.window_of_layer], jnp.int32)
+        shared = set(window_of_layer)
+        windows = jnp.asarray([w or -1 for w in window_of_layer], jnp.int32)
         cos, sin = (jnp.stack(tables) for tables in zip(*ropes, strict=True))
-        rope_of_layer = jnp.asarray(cfg.rope_of_layer, jnp.int32)
+        rope_of_layer = jnp.asarray([self.cfg.rope_of_layer[i] for i in run], jnp.int32)
 
         def body(carry, per_layer):
             x, kv_cache = carry
             state, layer, window, rope = per_layer
-            window = window if len(shared) > 1 else cfg.window_of_layer[0]
+            window = window if len(shared) > 1 else window_of_layer[0]
             tables = (cos[rope], sin[rope]) if len(ropes) > 1 else (cos[0], sin[0])
             return nnx.merge(graphdef, state)(x, kv_cache, layer, meta, tables, window), None
 
-        layers = jnp.arange(cfg.num_layers, dtype=jnp.int32)
+        layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
         return jax.lax.scan(body, (x, kv_cache), (state, layers, windows, rope_of_layer))[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gated MLP."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,16 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+def in_turns(sources: Sequence[Source], size: int, width: int, shards: int) -> tuple[Piece, ...]:
+    """`size` rows of each of `sources`, padded to `width`: those of shard 0 from every source, then those of shard 1, …"""
+    pieces: list[Piece] = []
+    for start in range(0, width, per := width // shards):
+        real = min(max(size - start, 0), per)
+        for source in sources:
+            pieces += [source.piece(start, real), Piece(per - real)]
+    return merge_pieces(pieces)
 
 
 class GatedMLP(nnx.Module):
@@ -43,18 +53,13 @@ class GatedMLP(nnx.Module):
 
     def _gate_up_pieces(self, cfg: DecoderConfig, suffix: str, *inner: int) -> tuple[Piece, ...]:
         """Rows of shard 0's gate and up, then those of shard 1, …"""
-        size, per = cfg.intermediate_size, self.width // self.shards
+        size = cfg.intermediate_size
         names = [f"{cfg.names.layer}.{name}{suffix}" for name in cfg.names.gate_up]
         if len(names) == 1:
             sources = [Source(names[0], (2 * size, *inner), offset) for offset in (0, size)]
         else:
             sources = [Source(name, (size, *inner)) for name in names]
-        pieces: list[Piece] = []
-        for start in range(0, self.width, per):
-            real = min(max(size - start, 0), per)
-            for source in sources:
-                pieces += [source.piece(start, real), Piece(per - real)]
-        return merge_pieces(pieces)
+        return in_turns(sources, size, self.width, self.shards)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, hidden] -> [T, hidden]."""

@@ -12,7 +12,16 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from tpu_inference.compat import import_torchax
 from tpu_inference.errors import TpuInferenceError
-from tpu_inference.layers.common.moe import ACTIVATIONS, SCORING, ExpertWeights, Routing, experts, route
+from tpu_inference.layers.common.moe import (
+    ACTIVATIONS,
+    SCORING,
+    ExpertWeights,
+    Routing,
+    Sharding,
+    experts,
+    refuse_uneven_experts,
+    route,
+)
 from tpu_inference.layers.common.sharding import MODEL_AXIS
 
 
@@ -22,12 +31,18 @@ class TpuExpertsMethod(FusedMoEMethodBase):
     is_monolithic = True
     """Routing is ours too: vLLM's routers call kernels of other platforms."""
 
-    def __init__(self, layer: RoutedExperts, mesh: Mesh, accumulate_dtype: Any) -> None:
+    def __init__(self, layer: RoutedExperts, mesh: Mesh, accumulate_dtype: Any, *, expert_parallel: bool) -> None:
         """Raises TpuInferenceError for what is not served."""
         super().__init__(layer.moe_config)
         self._mesh, self._accumulate_dtype = mesh, accumulate_dtype
         self._activation = layer.activation.value
-        self._divided = layer.intermediate_size_per_partition % mesh.shape[MODEL_AXIS] == 0 and mesh.size > 1
+        shards = mesh.shape[MODEL_AXIS]
+        self.sharding: Sharding = "whole"
+        if shards > 1 and expert_parallel:
+            refuse_uneven_experts(layer.global_num_experts, shards)
+            self.sharding = "experts"
+        elif shards > 1 and layer.intermediate_size_per_partition % shards == 0:
+            self.sharding = "width"
         if self._activation not in ACTIVATIONS:
             raise TpuInferenceError(f"experts with the activation {self._activation!r} are not served by tpu_inference")
         if layer.scoring_func not in SCORING and layer.custom_routing_function is None:
@@ -51,7 +66,7 @@ class TpuExpertsMethod(FusedMoEMethodBase):
         out = experts(
             x.jax(), weights, ids,
             ExpertWeights(arrays["w13_weight"], arrays["w2_weight"], arrays.get("w13_bias"), arrays.get("w2_bias")),
-            activation=self._activation, mesh=self._mesh, divided=self._divided,
+            activation=self._activation, mesh=self._mesh, sharding=self.sharding,
             accumulate_dtype=self._accumulate_dtype, weigh_input=layer.apply_router_weight_on_input,
         )  # fmt: skip
         return import_torchax().interop.torch_view(out)
@@ -70,10 +85,18 @@ class TpuExpertsMethod(FusedMoEMethodBase):
         return route(logits.jax(), routing, None if bias is None else bias.jax())
 
 
-def use_expert_shells(model: torch.nn.Module, mesh: Mesh, accumulate_dtype: Any) -> None:
+def use_expert_shells(
+    model: torch.nn.Module, mesh: Mesh, accumulate_dtype: Any, *, expert_parallel: bool = False
+) -> None:
     """Let the unquantized experts of `model` compute by the method above."""
     for layer in model.modules():
-        if isinstance(layer, RoutedExperts) and isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
-            method = TpuExpertsMethod(layer, mesh, accumulate_dtype)
-            del layer.quant_method  # a module, which torch lets nothing else take the place of
-            layer.quant_method = method
+        if not isinstance(layer, RoutedExperts):
+            continue
+        if not isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
+            raise TpuInferenceError(
+                f"Experts quantized as {type(layer.quant_method).__name__} has them are not served with vLLM's PyTorch class: use an "
+                "unquantized checkpoint, or for gpt-oss in MXFP4 the JAX class (--model-impl auto)."
+            )
+        method = TpuExpertsMethod(layer, mesh, accumulate_dtype, expert_parallel=expert_parallel)
+        del layer.quant_method  # a module, which torch lets nothing else take the place of
+        layer.quant_method = method

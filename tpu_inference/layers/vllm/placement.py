@@ -15,8 +15,9 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from tpu_inference.layers.common.moe import INTERLEAVED
+from tpu_inference.layers.common.moe import INTERLEAVED, Sharding
 from tpu_inference.layers.common.partition import Partition
+from tpu_inference.layers.vllm.moe import TpuExpertsMethod
 
 DIVIDED, WHOLE = "_by_shard", "_on_each_shard"
 """Suffixes of the arrays that a parameter becomes whose rows do not stay in their order."""
@@ -59,20 +60,24 @@ def _replicated(name: str, ndim: int) -> tuple[Placement, ...]:
     return (Placement(name, (None,) * ndim),)
 
 
-def _of_linear(layer: LinearBase, name: str, ndim: int, shards: int) -> tuple[Placement, ...]:
+def _of_linear(layer: LinearBase, name: str, shape: torch.Size, shards: int) -> tuple[Placement, ...]:
+    ndim = len(shape)
     if isinstance(layer, ColumnParallelLinear):
         axis = "heads" if isinstance(layer, QKVParallelLinear) else "mlp"
         return _by_rows(name, ndim, partition_of(layer, shards), axis)
-    if isinstance(layer, RowParallelLinear) and ndim == 2 and layer.input_size % shards == 0:
+    # A row's one scale is not divided.
+    if isinstance(layer, RowParallelLinear) and ndim == 2 and shape[1] % shards == 0:
         return (Placement(name, (None, "mlp")),)
     return _replicated(name, ndim)
 
 
-def _of_experts(layer: RoutedExperts, name: str, ndim: int, shards: int) -> tuple[Placement, ...]:
-    """Every expert divided among the devices: rows of gate and up, columns of down."""
+def _of_experts(layer: RoutedExperts, sharding: Sharding, name: str, ndim: int, shards: int) -> tuple[Placement, ...]:
+    """Experts divided among the devices, or every expert: rows of gate and up, columns of down."""
     width = layer.intermediate_size_per_partition
-    if width % shards or not name.startswith(("w13", "w2_weight")):
+    if sharding == "whole" or not name.startswith(("w13", "w2_weight")):
         return _replicated(name, ndim)
+    if sharding == "experts":
+        return (Placement(name, ("experts", None, None)[:ndim]),)
     if name == "w2_weight":
         return (Placement(name, (None, None, "mlp")),)
     axes = (None, "mlp", None)[:ndim]
@@ -85,9 +90,9 @@ def placements(layer: torch.nn.Module, name: str, parameter: torch.Tensor, shard
     """The arrays that `parameter`, `layer`'s own by the name of `name`, becomes on `shards` devices."""
     ndim = parameter.ndim
     if isinstance(layer, LinearBase) and not isinstance(layer, ReplicatedLinear) and not layer.disable_tp:
-        return _of_linear(layer, name, ndim, shards)
+        return _of_linear(layer, name, parameter.shape, shards)
     if isinstance(layer, VocabParallelEmbedding) and parameter.shape[0] % shards == 0:
         return (Placement(name, ("vocab", *[None] * (ndim - 1))),)
-    if isinstance(layer, RoutedExperts):
-        return _of_experts(layer, name, ndim, shards)
+    if isinstance(layer, RoutedExperts) and isinstance(method := layer.quant_method, TpuExpertsMethod):
+        return _of_experts(layer, method.sharding, name, ndim, shards)
     return _replicated(name, ndim)

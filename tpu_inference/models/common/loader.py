@@ -29,10 +29,11 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 def expected_tensors(specs: Any) -> dict[str, Source]:
     """By name, every tensor of the checkpoint that the tree reads."""
     return {
-        name.format(layer=layer): source
+        name.format(layer=layer, expert=expert): source
         for spec in leaves(specs)
         for name, source in spec.sources().items()
         for layer in spec.layer_indices
+        for expert in spec.expert_indices
     }
 
 
@@ -66,8 +67,8 @@ def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, 
         raise CheckpointError(checkpoint.where, problems)
 
 
-def _fill(out: np.ndarray, spec: WeightSpec, checkpoint: Checkpoint, layer: int | None, box: Sequence[slice]) -> None:
-    """Fill `out` with the part `box` (a slice of each dimension) of one layer's weight."""
+def _fill(out: np.ndarray, spec: WeightSpec, checkpoint: Checkpoint, of: dict[str, Any], box: Sequence[slice]) -> None:
+    """Fill `out` with the part `box` (a slice of each dimension) of the weight of one layer, and of one expert where it has them."""
     axis, window = spec.axis, box[spec.axis]
     start = 0
     for piece in spec.pieces:
@@ -75,16 +76,22 @@ def _fill(out: np.ndarray, spec: WeightSpec, checkpoint: Checkpoint, layer: int 
         if low < high:
             target = [slice(None)] * out.ndim
             target[axis] = slice(low - window.start, high - window.start)
-            out[tuple(target)] = _read(piece, checkpoint, layer, box, axis, low - start, high - start)
+            out[tuple(target)] = _read(piece, checkpoint, of, box, axis, low - start, high - start)
         start += piece.size
 
 
-def _read(piece: Piece, checkpoint: Checkpoint, layer: int | None, box, axis: int, low: int, high: int) -> Any:
+def _read(piece: Piece, checkpoint: Checkpoint, of: dict[str, Any], box, axis: int, low: int, high: int) -> Any:
     if piece.source is None:
         return 0
+
+    def read(name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        return checkpoint.read(name, index if inside is None else (inside, *index))
+
+    # Of a tensor that holds all experts, one.
+    inside = None if "{expert}" in piece.source.name else of["expert"]
     index = list(box)
     index[axis] = slice(piece.start + low, piece.start + high)
-    return piece.source.read(checkpoint.read, piece.source.name.format(layer=layer), tuple(index))
+    return piece.source.read(read, piece.source.name.format(**of), tuple(index))
 
 
 def load_weight(spec: WeightSpec, checkpoint: Checkpoint, mesh: Mesh) -> jax.Array:
@@ -92,12 +99,12 @@ def load_weight(spec: WeightSpec, checkpoint: Checkpoint, mesh: Mesh) -> jax.Arr
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         full = [slice(*s.indices(n)[:2]) for s, n in zip(index, spec.device_shape, strict=True)]
-        stacked, box = (full[:1], full[1:]) if spec.layers is not None else ([], full)
+        stacked, box = full[: -len(spec.shape)], full[-len(spec.shape) :]
         out = np.zeros([s.stop - s.start for s in full], spec.dtype)
-        if not stacked:
-            _fill(out, spec, checkpoint, spec.layer, box)
-        for i, layer in enumerate(range(stacked[0].start, stacked[0].stop) if stacked else ()):
-            _fill(out[i], spec, checkpoint, layer, box)
+        for at in np.ndindex(*out.shape[: len(stacked)]):
+            found = [s.start + i for s, i in zip(stacked, at, strict=True)]
+            layer = spec.layer if spec.layers is None else spec.first_layer + found[0]
+            _fill(out[at], spec, checkpoint, dict(layer=layer, expert=None if spec.experts is None else found[-1]), box)
         return out
 
     abstract = spec.abstract(mesh)

@@ -8,14 +8,17 @@ from tpu_inference import compat
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.quantization import Quantization, Scheme
 
-SERVED = ("fp8", "compressed-tensors", "fp8_per_channel", "online")
-"""vLLM's names: the first two are of checkpoints, the others are asked for with --quantization and rounded at load."""
+MXFP4 = "gpt_oss_mxfp4"
+"""vLLM's name of gpt-oss's checkpoints, whose experts alone are quantized."""
+SERVED = ("fp8", "compressed-tensors", "auto_awq", "auto_gptq", "mxfp4", MXFP4, "fp8_per_channel", "online")
+"""vLLM's names: the last two are asked for with --quantization and rounded at load, the others are of checkpoints."""
 TABLE = (
     "fp8 checkpoints with a scale a tensor or a block; compressed-tensors of int8 (W8A8, W8A16), fp8 (W8A8, W8A16) and "
-    "int4 (W4A16) with symmetric weights; and at load --quantization fp8_per_channel, or --quantization online with --quantization-config "
+    "int4 (W4A16); AWQ of 4 bits with zero points; GPTQ of 4 and 8 bits, symmetric and without desc_act; MXFP4 of gpt-oss's experts; "
+    "and at load --quantization fp8_per_channel, or --quantization online with --quantization-config "
     """'{"linear": "int8_per_channel_static"}' or '{"linear": "fp8_per_channel_static"}'"""
 )
-_UNREAD = (".input_scale", ".k_scale", ".v_scale", ".weight_shape")
+_UNREAD = (".input_scale", ".k_scale", ".v_scale", ".weight_shape", ".g_idx", ".qzeros")
 _FP8 = "float8_e4m3fn"
 
 
@@ -39,7 +42,7 @@ def quantization_of(vllm_config: Any) -> Quantization | None:
     if name not in _READERS:
         raise QuantizationError(f"The quantization {name!r}")
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    return Quantization(_READERS[name](config), layers, _UNREAD)
+    return Quantization(_READERS[name](config), layers, _UNREAD, "mxfp4" if name == MXFP4 else None)
 
 
 def _fp8(config: Any) -> Callable[[str], Scheme | None]:
@@ -93,8 +96,10 @@ def _compressed_scheme(weights: Any, activations: Any, layout: str) -> Scheme:
     packed = layout == "pack-quantized"
     if dtype is None or strategy not in _BLOCKS or (packed and kind == "float8") or (kind == "int4" and not packed):
         raise QuantizationError(what)
-    if not weights.symmetric:
+    if not weights.symmetric and (kind, strategy) != ("int4", "group"):
         raise QuantizationError(f"{what} with zero points")
+    if weights.actorder not in (None, "static", "weight"):
+        raise QuantizationError(f"{what} with its columns reordered (actorder)")
     if activations is not None and (kind == "int4" or (kind == "int8" and not activations.dynamic)):
         raise QuantizationError(
             f"{what} with activations of {activations.num_bits} bits"
@@ -106,11 +111,43 @@ def _compressed_scheme(weights: Any, activations: Any, layout: str) -> Scheme:
         activations="int8" if kind == "int8" and activations is not None else None,
         packed=weights.num_bits if packed else 0,
         values_name="weight_packed" if packed else "weight",
+        zeros_name=None if weights.symmetric else "weight_zero_point",
     )
 
 
+def _awq(config: Any) -> Callable[[str], Scheme | None]:
+    if config.weight_bits != 4 or not config.zero_point or config.lm_head_quantized:
+        raise QuantizationError(
+            f"AWQ of {config.weight_bits} bits, zero_point={config.zero_point}, lm_head={config.lm_head_quantized}"
+        )
+    scheme = Scheme(
+        "int8", _group(config), packed=4, layout="awq", values_name="qweight", scales_name="scales", zeros_name="qzeros"
+    )
+    return lambda layer: None if compat.awq_skips(config, layer) else scheme
+
+
+def _gptq(config: Any) -> Callable[[str], Scheme | None]:
+    changed = {key for rule in config.dynamic.values() for key in rule}
+    if config.desc_act or config.lm_head_quantized or changed:
+        raise QuantizationError(
+            f"GPTQ with desc_act={config.desc_act}, lm_head={config.lm_head_quantized}"
+            + (f" and layers of their own {', '.join(sorted(changed))}" if changed else "")
+        )
+    scheme = Scheme(
+        "int8", _group(config), packed=config.weight_bits, layout="gptq", values_name="qweight", scales_name="scales"
+    )
+    return lambda layer: None if compat.gptq_skips(config, layer) else scheme
+
+
+def _group(config: Any) -> tuple[int, int | None]:
+    return 1, None if config.group_size == -1 else config.group_size
+
+
 _READERS: dict[str, Callable[[Any], Callable[[str], Scheme | None]]] = {
+    MXFP4: lambda config: lambda layer: None,
     "fp8": _fp8,
+    "auto_awq": _awq,
+    "auto_gptq": _gptq,
     "online": _online,
     "compressed-tensors": _compressed_tensors,
 }

@@ -18,6 +18,10 @@ _MODELS: dict[str, str] = {
     "Gemma2ForCausalLM": f"{_HERE}.gemma:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_HERE}.gemma:Gemma3ForCausalLM",
     "Phi3ForCausalLM": f"{_HERE}.phi3:Phi3ForCausalLM",
+    "MixtralForCausalLM": f"{_HERE}.mixtral:MixtralForCausalLM",
+    "Qwen2MoeForCausalLM": f"{_HERE}.qwen_moe:Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM": f"{_HERE}.qwen_moe:Qwen3MoeForCausalLM",
+    "GptOssForCausalLM": f"{_HERE}.gpt_oss:GptOssForCausalLM",
 }
 
 Kind = Literal["flax_nnx", "vllm"]

@@ -43,9 +43,10 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
 
 
 def refuse_quantization(vllm_config: VllmConfig) -> None:
-    """Raises QuantizationError for a quantization that is not served, or not with the class that serves the model."""
-    if quantization_of(vllm_config) is not None and (chosen := implementation(vllm_config)).kind == "vllm":
-        raise QuantizationError(f"Quantization of {chosen.architecture}, which vLLM's PyTorch class serves,")
+    """Raises QuantizationError for a quantization that is not served, or not by the class that serves the model."""
+    quantization = quantization_of(vllm_config)
+    if quantization is not None and quantization.experts and implementation(vllm_config).kind == "vllm":
+        raise QuantizationError(f"{quantization.experts.upper()} of experts in vLLM's PyTorch class")
 
 
 def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
@@ -61,6 +62,7 @@ def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
         model_config.max_model_len,
         TpuConfig.from_vllm(vllm_config).scan_layers,
         quantization_of(vllm_config),
+        vllm_config.parallel_config.enable_expert_parallel,
     )
     return model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
 

@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,15 +34,20 @@ from tpu_inference.layers.vllm.attention import TpuAttentionImpl
 from tpu_inference.layers.vllm.context import StepContext, step_context
 from tpu_inference.layers.vllm.linear import use_shells
 from tpu_inference.layers.vllm.moe import use_expert_shells
+from tpu_inference.layers.vllm.placement import DIVIDED, WHOLE
+from tpu_inference.layers.vllm.quantization import SCALES, TpuQuantizationConfig
 from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
+from tpu_inference.models.common.quantization import QuantizationError, quantization_of
 from tpu_inference.models.vllm.exchange import Places
 from tpu_inference.models.vllm.explain import explain
+from tpu_inference.models.vllm.quantized_weights import HeldForm
 from tpu_inference.models.vllm.repeat import Repeat, find_repeats
 from tpu_inference.models.vllm.weights import DeviceState, State, register_loose_tensors
 
 logger = init_logger(__name__)
+SCALES_NAMES = re.compile(rf"\.{SCALES}({DIVIDED}|{WHOLE})?$")
 
 
 class TracedModule:
@@ -167,17 +173,26 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
     alone = copy.copy(vllm_config)
     alone.parallel_config = copy.copy(vllm_config.parallel_config)
     alone.parallel_config.tensor_parallel_size = alone.parallel_config.world_size = 1
+    alone.parallel_config.enable_expert_parallel = False
     alone.device_config = copy.copy(vllm_config.device_config)
     alone.device_config.device = torch.device("cpu")  # where the module is built; vLLM has None for TPU
+    if vllm_config.quant_config is not None:
+        # Names are those of vLLM's modules there, and of the checkpoint in the configuration as it is.
+        asked = copy.copy(alone)
+        asked.quant_config = copy.deepcopy(vllm_config.quant_config)
+        scheme_of = quantization_of(asked).scheme_of
+        alone.quant_config = TpuQuantizationConfig(scheme_of, asked.quant_config.apply_vllm_mapper)
     return alone
 
 
-def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildContext]:
+def build(vllm_config: VllmConfig, mesh: Mesh, expert_parallel: bool = False) -> tuple[torch.nn.Module, BuildContext]:
     """vLLM's module, its parameters allocated and not written, its layers computing by ours."""
     start_torch_alone(vllm_config)
     model_config = vllm_config.model_config
     scan_layers = TpuConfig.from_vllm(vllm_config).scan_layers
-    ctx = BuildContext(mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers)
+    ctx = BuildContext(
+        mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers, expert_parallel=expert_parallel
+    )
     vllm_config.compilation_config.static_forward_context.clear()
     with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
         model = initialize_model(vllm_config).eval().requires_grad_(False)
@@ -185,8 +200,8 @@ def build(vllm_config: VllmConfig, mesh: Mesh) -> tuple[torch.nn.Module, BuildCo
     for layer in _attention_layers(vllm_config).values():
         if layer.impl.sinks is not None:
             layer.register_parameter("sinks_of_impl", layer.impl.sinks)
-    use_shells(model, ctx.shards, ctx.accumulate_dtype)
-    use_expert_shells(model, mesh, ctx.accumulate_dtype)
+    use_shells(model, mesh, ctx.accumulate_dtype)
+    use_expert_shells(model, mesh, ctx.accumulate_dtype, expert_parallel=ctx.expert_parallel)
     register_loose_tensors(model)
     return model, ctx
 
@@ -200,6 +215,10 @@ def random_array(name: str, array: jax.ShapeDtypeStruct) -> jax.Array:
     seed = sum(map(ord, name))
 
     def make() -> jax.Array:
+        if SCALES_NAMES.search(name):
+            return jnp.full(array.shape, 0.01, array.dtype)
+        if array.dtype.itemsize == 1 and array.dtype != bool:  # values, which those scales make 0.02 of
+            return (2 * jax.random.normal(jax.random.key(seed), array.shape, jnp.float32)).astype(array.dtype)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return jnp.zeros(array.shape, array.dtype)
         return (0.02 * jax.random.normal(jax.random.key(seed), array.shape, jnp.float32)).astype(array.dtype)
@@ -220,11 +239,15 @@ def load_vllm_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
     sharded = vllm_config.load_config.load_format == "sharded_state"
     if sharded:
         _check_is_of_one_rank(vllm_config.model_config)
+        if vllm_config.quant_config is not None:
+            raise QuantizationError("A sharded state of a quantized model")
     state.stream()
-    with set_current_vllm_config(vllm_config), _names_loaded(traced.model) as loaded:
+    quantization = quantization_of(vllm_config)
+    held = None if quantization is None else HeldForm(quantization)
+    with set_current_vllm_config(vllm_config), _names_loaded(traced.model, held) as loaded:
         get_model_loader(vllm_config.load_config).load_weights(traced.model, vllm_config.model_config)
     if not sharded:  # there vLLM's loader asks the module for its names itself, and misses none
-        state.check(vllm_config.model_config.model, loaded)
+        state.check(vllm_config.model_config.model, loaded, held.problems() if held else ())
     return traced.functions(state.finish())
 
 
@@ -240,12 +263,13 @@ def _check_is_of_one_rank(model_config: ModelConfig) -> None:
 
 
 @contextmanager
-def _names_loaded(model: torch.nn.Module) -> Iterator[set[str]]:
-    """Filled with the names that the model's `load_weights` says it has loaded, before vLLM's loader adds to them."""
+def _names_loaded(model: torch.nn.Module, held: HeldForm | None) -> Iterator[set[str]]:
+    """Filled with the names that the model's `load_weights`, given tensors as `held` has them, says it has loaded, before vLLM's loader adds any."""
     names: set[str] = set()
     load = model.load_weights
 
     def load_weights(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        weights = weights if held is None else held.of(weights)
         loaded = load(as_loader_looks_for(type(model).__name__, weights), *args, **kwargs)
         names.update(loaded or ())
         return loaded
@@ -270,7 +294,7 @@ def prepare(vllm_config: VllmConfig, mesh: Mesh) -> tuple[TracedModule, DeviceSt
         TpuInferenceError: what the model asks of its layers is not served.
     """
     alone = _undivided(vllm_config)
-    model, ctx = build(alone, mesh)
+    model, ctx = build(alone, mesh, vllm_config.parallel_config.enable_expert_parallel)
     state = DeviceState(model, mesh)
     traced = TracedModule(model, alone, mesh)
     if ctx.scans and (repeats := traced.find_repeats(state.abstract())):

@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
 from tpu_inference.layers.vllm.placement import Placement, placements
+from tpu_inference.layers.vllm.quantization import to_numpy
 from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.vllm.repeat import Repeat
 
@@ -68,14 +69,6 @@ def _owned_parameters(model: torch.nn.Module, shards: int) -> list[OwnedParamete
                 placed = placements(module, name, parameter, shards)
                 found[id(parameter)] = OwnedParameter(module, prefix, name, parameter, parameter.shape, placed)
     return list(found.values())
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory, if it is contiguous."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
 
 
 def jax_dtype(dtype: torch.dtype) -> Any:
@@ -163,13 +156,14 @@ class DeviceState:
         sharding = named_sharding(self._mesh, (None, *axes))
         return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
 
-    def check(self, where: str, loaded: Collection[str]) -> None:
+    def check(self, where: str, loaded: Collection[str], known: Sequence[str] = ()) -> None:
         """Raises CheckpointError that names the weights of linear layers, embeddings and experts that were not read: vLLM lets those pass.
 
         Args:
             loaded: names that the model says it has loaded; some models fill parameters without asking the parameters' loaders.
+            known: what else is wrong, in the error too.
         """
-        problems = []
+        problems = list(known)
         for owned in self._owned:
             missing, expected = self._missing[id(owned)], owned.expected_numel
             unread = missing == expected and owned.prefix + owned.name not in loaded

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public op."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from tpu_inference.kernels.forms import Implementation, chip_of
+from tpu_inference.kernels.grouped_matmul.config import Config, ShapeKey, config_for
+from tpu_inference.kernels.grouped_matmul.pallas import grouped_matmul_pallas
+from tpu_inference.kernels.grouped_matmul.reference import grouped_matmul_reference
+from tpu_inference.kernels.grouped_matmul.xla import grouped_matmul_xla
+
+_PLAIN = {"xla": grouped_matmul_xla, "reference": grouped_matmul_reference}
+_INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
+
+
+def grouped_matmul(
+    x: jax.Array,
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    scales: jax.Array | None = None,
+    implementation: Implementation = "xla",
+    config: Config | None = None,
+) -> jax.Array:
+    """Rows of each group times the weight of the group, transposed: [M, out] in x's dtype, summed in float32.
+
+    Args:
+        x: [M, in], bfloat16 or float32; the rows of group 0, then those of group 1, and so on. M > 0.
+        weights: [E, out, in], in x's dtype, or what `scales` are for.
+        group_sizes: int32 [E], rows of each group; may be 0, and M in all at most. Rows past the last group are unspecified, and may
+            not be finite.
+        scales: [E, out / a, in / b], of blocks of a x b numbers of `weights`, which they are multiplied by; a block may be all of a dimension.
+            On TPU b is a multiple of 128, or all of `in`.
+        implementation: "pallas" (TPU), "pallas_interpret" (the same kernel interpreted, on any device), "xla", "reference". `implementation_for`
+            a device also tells the chip, for which the kernel is blocked.
+        config: blocks of the Pallas kernel; None for those tuned for the shape and chip, else the heuristic's.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    _check(x, weights, group_sizes, scales)
+    if implementation not in (*_PLAIN, *_INTERPRET):
+        raise ValueError(f"implementation={implementation!r} is none of {sorted((*_PLAIN, *_INTERPRET))}")
+    if scales is not None:
+        scales = _by_output(scales.astype(jnp.float32), weights.shape[1])
+    if implementation in _PLAIN:
+        return _PLAIN[implementation](x, weights, group_sizes, scales)
+    if scales is not None and scales.shape[1] > 1 and weights.shape[2] // scales.shape[1] % 128:
+        raise ValueError(
+            f"scales of {weights.shape[2] // scales.shape[1]} columns are not served by the kernel: 128 or a multiple"
+        )
+    config = config or config_for(ShapeKey.of(x, weights), chip_of(implementation))
+    return grouped_matmul_pallas(x, weights, group_sizes, scales, config=config, interpret=_INTERPRET[implementation])
+
+
+def _by_output(scales: jax.Array, out: int) -> jax.Array:
+    """[E, out / a, in / b] -> [E, in / b, out]."""
+    return jnp.repeat(scales.swapaxes(1, 2), out // scales.shape[1], axis=2)
+
+
+def _check(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, scales: jax.Array | None) -> None:
+    if x.ndim != 2 or weights.ndim != 3 or x.shape[1] != weights.shape[2] or not x.shape[0]:
+        raise ValueError(f"x {x.shape} and weights {weights.shape} are not [M, in] and [E, out, in]")
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"x of {x.dtype} is neither bfloat16 nor float32")
+    if group_sizes.shape != weights.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(
+            f"group_sizes {group_sizes.dtype}{group_sizes.shape} are not an integer for each of {len(weights)} groups"
+        )
+    if scales is None and weights.dtype != x.dtype:
+        raise ValueError(f"weights of {weights.dtype} need scales to be multiplied by x of {x.dtype}")
+    if scales is None:
+        return
+    fits = scales.ndim == 3 and len(scales) == len(weights)
+    if not fits or any(not n or size % n for n, size in zip(scales.shape[1:], weights.shape[1:], strict=True)):
+        raise ValueError(f"scales {scales.shape} are not those of blocks of weights {weights.shape}")

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named shapes of the op: what it is measured on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpu_inference.kernels.forms import implementation_for
+from tpu_inference.kernels.grouped_matmul.api import grouped_matmul
+from tpu_inference.kernels.grouped_matmul.config import Config, ShapeKey, config_for
+from tpu_inference.kernels.grouped_matmul.pallas import NAME
+from tpu_inference.kernels.grouped_matmul.units import units
+
+
+@dataclass(frozen=True)
+class GroupedShape:
+    """A product of a layer of experts, as one device sees it."""
+
+    about: str
+    tokens: int
+    top_k: int
+    experts: int
+    """Of the layer, from which tokens choose at random."""
+    local: int
+    """Of the device: the first ones."""
+    out: int
+    columns: int
+    dtype: str = "bfloat16"
+    chips: tuple[str, ...] = ()
+    """Those that the shape is of interest for; all where empty."""
+    donated: tuple[int, ...] = ()
+
+    @property
+    def group_sizes(self) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        chosen = np.argpartition(rng.random((self.tokens, self.experts)), self.top_k, axis=1)[:, : self.top_k]
+        return np.bincount(chosen.ravel(), minlength=self.experts)[: self.local].astype(np.int32)
+
+    @property
+    def rows(self) -> int:
+        """Of x: those of local experts, to whole tiles."""
+        return -(-int(self.group_sizes.sum()) // 128) * 128
+
+    @property
+    def useful_bytes(self) -> int:
+        """Weights of experts that have tokens, rows and outputs, once."""
+        sizes = self.group_sizes
+        numbers = (sizes > 0).sum() * self.out * self.columns + sizes.sum() * (self.out + self.columns)
+        return int(numbers) * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def useful_flops(self) -> int:
+        return 2 * int(self.group_sizes.sum()) * self.out * self.columns
+
+    def arguments(self, device: jax.Device | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of `function`, by position."""
+        del device
+        return (
+            jax.ShapeDtypeStruct((self.rows, self.columns), self.dtype),
+            jax.ShapeDtypeStruct((self.local, self.out, self.columns), self.dtype),
+            jax.ShapeDtypeStruct((self.local,), jnp.int32),
+        )
+
+    def function(self, device: jax.Device, config: Config | None = None) -> Callable:
+        """The op as a device runs it."""
+        return partial(grouped_matmul, implementation=implementation_for(device), config=config)
+
+    def key(self, device: jax.Device | None = None) -> ShapeKey:
+        """Of tuned tables."""
+        return ShapeKey.of(*self.arguments(device)[:2])
+
+    def form(self, device: jax.Device) -> str:
+        return str(implementation_for(device))
+
+    def workload(self, device: jax.Device) -> Mapping[str, Mapping[int, Any]]:
+        """The kernel's scalar-prefetch arguments. Good for configs of as many rows a block as the heuristic's."""
+        form = implementation_for(device)
+        if form != "pallas":
+            return {}
+        config = config_for(self.key(), form.chip).within(self.rows, self.out, self.dtype)
+        values = units(self.group_sizes, -(-self.rows // config.block_rows), config.block_rows, np)
+        return {NAME: dict(enumerate(values))}
+
+
+def _both(name: str, about: str, width: int, hidden: int, **layer: int) -> dict[str, GroupedShape]:
+    return {
+        f"{name}_gate_up": GroupedShape(f"{about}, gate and up", out=2 * width, columns=hidden, **layer),
+        f"{name}_down": GroupedShape(f"{about}, down", out=hidden, columns=width, **layer),
+    }
+
+
+_QWEN = dict(width=768, hidden=2048, top_k=8, experts=128, local=128)
+_DEEPSEEK = dict(width=2048, hidden=7168, top_k=8, experts=256, local=32)
+SHAPES: Mapping[str, GroupedShape] = {
+    **_both("qwen3_30b_a3b_b64", "Qwen3-30B-A3B, 64 tokens", **_QWEN, tokens=64),
+    **_both("qwen3_30b_a3b_b1024", "Qwen3-30B-A3B, 1024 tokens", **_QWEN, tokens=1024),
+    **_both("deepseek_v3_ep8_b1024", "DeepSeek V3 on 8 devices, 1024 tokens", **_DEEPSEEK, tokens=1024),
+}

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of quantized checkpoints on their way to vLLM's loaders, in the form that the layers hold."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from tpu_inference.layers.common.quantization import Quantization, Scheme
+from tpu_inference.layers.common.weights import Source
+from tpu_inference.layers.vllm.quantization import SCALES, VALUES, to_numpy, to_torch
+
+Weights = Iterable[tuple[str, torch.Tensor]]
+
+
+class HeldForm:
+    """A layer's tensors are kept until all of them were read, which checkpoints have side by side, and go on as values and scales."""
+
+    def __init__(self, quantization: Quantization) -> None:
+        self._quantization = quantization
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._wrong: list[str] = []
+
+    def of(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+        """`weights` with every quantized layer's tensors replaced by `VALUES` and `SCALES`; what nothing reads is left out."""
+        for name, tensor in weights:
+            layer, _, kind = name.rpartition(".")
+            scheme = self._quantization.scheme_of(layer)
+            stored = scheme is not None and not scheme.at_load and self._is_stored(scheme, kind, tensor)
+            if not stored and name.endswith(self._quantization.unread):
+                continue
+            if not stored:
+                yield name, tensor
+                continue
+            have = self._waiting.setdefault(layer, {})
+            have[kind] = tensor
+            if len(have) == len(scheme.stored_names):
+                yield from self._held(layer, scheme, self._waiting.pop(layer))
+
+    def _is_stored(self, scheme: Scheme, kind: str, tensor: torch.Tensor) -> bool:
+        if kind not in scheme.stored_names:
+            return False
+        # An embedding's weight has the same name, and another type.
+        return kind != "weight" or (tensor.ndim == 2 and str(tensor.dtype).removeprefix("torch.") == scheme.dtype)
+
+    def _held(self, layer: str, scheme: Scheme, have: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        arrays = {f"{layer}.{kind}": to_numpy(tensor) for kind, tensor in have.items()}
+        rows, columns = scheme.weight_shape(tuple(have[scheme.values_name].shape))
+        weight = Source(f"{layer}.weight", (rows, columns))
+        values, scales = scheme.values(weight), scheme.scales(weight)
+        if wrong := [
+            f"mis-shaped: {source.name} is {list(arrays[source.name].shape)}, {list(source.shape)} belong to the values"
+            for source in (scales, *values.beside)
+            if not source.accepts(arrays[source.name].shape)
+        ]:
+            self._wrong += wrong
+            return
+        if not np.isfinite(arrays[scales.name].astype(np.float32)).all():
+            self._wrong.append(f"not finite: {scales.name} has NaN or infinite scales")
+
+        def read(name: str, index: tuple[slice, ...] = ()) -> Any:
+            return arrays[name][index] if index else arrays[name]
+
+        groups = scheme.groups(columns)
+        yield f"{layer}.{VALUES}", to_torch(values.read(read, values.name, (slice(0, rows), slice(0, columns))))
+        yield f"{layer}.{SCALES}", to_torch(scales.read(read, scales.name, (slice(0, rows), slice(0, groups))))
+
+    def problems(self) -> list[str]:
+        """What was wrong with what was read, once all was."""
+        missing = [
+            f"missing: {layer}.{kind}"
+            for layer, have in self._waiting.items()
+            for kind in self._quantization.scheme_of(layer).stored_names
+            if kind not in have
+        ]
+        return self._wrong + missing
