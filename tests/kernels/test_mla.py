@@ -48,10 +48,8 @@ def compare(form, rows, *, atol=2e-5, kv_scale=None, offset=0, **shape):
     np.testing.assert_array_equal(*(np.asarray(x).astype(np.float32) for x in (pages, expected_pages)))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_the_xla_form(platform):
-    compare("xla", MIXED, platform=platform)
-    compare("xla", MIXED, platform=platform, rank=24, rope=8, heads=3)
+def test_the_xla_form():
+    compare("xla", MIXED, platform="tpu", rank=24, rope=8, heads=3)
 
 
 def test_absorbed_attention_is_attention():
