@@ -280,6 +280,7 @@ def decode_rows(
     scale: float,
     soft_cap: float | None,
     config: DecodeConfig,
+    latent: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The first scalars[0] rows, each of one token, which is token r of row r.
@@ -289,6 +290,7 @@ def decode_rows(
         new: what each plane gets, int32 [T, num_kv_heads, width]; see `to_planes` and `words`.
         scalars: int32 [4]: rows of one token, rows with tokens, page offset, sliding window (NO_WINDOW for none).
         sinks: float32 [num_heads, LANES], the same in every lane; FLOOR for none.
+        latent: lanes of K that are V, where pages hold one latent a token; None where they hold K and V.
         The others are those of `ragged_paged_attention`.
 
     Returns:
@@ -296,7 +298,7 @@ def decode_rows(
     """
     num_heads, planes = q.shape[1], len(new)
     num_kv_heads, item_tokens, width = pages.shape[2], config.pages_per_item * pages.shape[3], pages.shape[4]
-    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, soft_cap, config)
+    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, soft_cap, config, latent)
 
     def body(scalars: Any, seq_lens: Any, tables: Any, q_in: Any, *refs: Any) -> None:
         named = dict(zip(NAMES, (scalars, seq_lens, tables, q_in, *refs[planes:]), strict=True))

@@ -44,18 +44,21 @@ class PagedShape:
     """Of the pages."""
     compute_dtype: Any
     """Of the operands of matrix products."""
+    latent: int | None = None
+    """Where every head shares one latent a token: V is the first `latent` lanes of K. None where V is its own."""
 
     @classmethod
     def of(
         cls, num_heads: int, head_dim: int, q_dtype: Any, pages: Any, block_tables: Any,
-        soft_cap: float | None, config: Any,
+        soft_cap: float | None, config: Any, latent: int | None = None, head_blocks: int = 1,
     ):  # fmt: skip
-        """From the arrays of a call."""
+        """From the arrays of a call. With `latent`, heads go in `head_blocks` groups, each as if it had a KV head of its own."""
         _, planes, num_kv_heads, page_size, width = pages.shape
+        num_kv_heads *= head_blocks
         compute = q_dtype if pages.dtype.itemsize == 1 else pages.dtype
         return cls(
             num_heads, num_kv_heads, page_size, planes, width, head_dim, *block_tables.shape,
-            soft_cap, config, pages.dtype, compute,
+            soft_cap, config, pages.dtype, compute, latent,
         )  # fmt: skip
 
     @property
@@ -79,12 +82,12 @@ class PagedShape:
     @property
     def v_start(self) -> int:
         """First lane read for V."""
-        return 0 if self.planes == 2 else self.head_dim // LANES * LANES
+        return 0 if self.planes == 2 or self.latent else self.head_dim // LANES * LANES
 
     @property
     def v_width(self) -> int:
         """Lanes read for V."""
-        return self.width - self.v_start
+        return self.latent or self.width - self.v_start
 
     def keys(self, kv: Any, slot: Any, head: Any, tokens: Any = slice(None)) -> jax.Array:
         """[tokens, q_width] of `kv[slot]` of one head."""
@@ -92,22 +95,30 @@ class PagedShape:
 
     def values(self, kv: Any, slot: Any, head: Any, tokens: Any = slice(None)) -> jax.Array:
         """[tokens, v_width] of `kv[slot]` of one head."""
-        return kv[slot, self.planes - 1, head, tokens, self.v_start :].astype(self.compute_dtype)
+        return kv[slot, self.planes - 1, head, tokens, pl.ds(self.v_start, self.v_width)].astype(self.compute_dtype)
 
     @property
     def value_lane(self) -> int:
         """Where V begins, of the lanes read for it."""
-        return 0 if self.planes == 2 else self.head_dim - self.v_start
+        return 0 if self.planes == 2 or self.latent else self.head_dim - self.v_start
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of V."""
+        return self.latent or self.head_dim
 
     @property
     def value_rows(self) -> int:
         """Of V transposed, with at least one of ones."""
-        return (self.head_dim // 16 + 1) * 16
+        return (self.value_dim // 16 + 1) * 16
 
     def output(self, values: jax.Array) -> jax.Array:
         """[N, q_width] with the output of a head in front, of [N, v_width]."""
         if self.value_lane:
             values = pltpu.roll(values, self.v_width - self.value_lane, 1)
+        if self.v_width < self.q_width:
+            padding = jnp.zeros((values.shape[0], self.q_width - self.v_width), values.dtype)
+            values = jnp.concatenate([values, padding], axis=1)
         return values[:, : self.q_width]
 
     def table_index(self, row: Any, index: Any) -> Any:
@@ -135,7 +146,7 @@ def page_starts(
     All KV heads, or `head` alone.
     """
     shape = kernel.shape
-    heads = pl.ds(0, shape.num_kv_heads) if head is None else pl.ds(head, 1)
+    heads = pl.ds(0, shape.num_kv_heads) if head is None else pl.ds(0 if shape.latent else head, 1)
 
     def start(j: int) -> None:
         index = chunk * count + j

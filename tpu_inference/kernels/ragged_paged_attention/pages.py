@@ -29,7 +29,7 @@ def to_planes(k: jax.Array, v: jax.Array, pages: jax.Array) -> tuple[jax.Array, 
     """`k` and `v` [..., head_dim] as what each plane of `pages` holds of them, [..., width]."""
     if pages.shape[1] == 2:
         return k, v
-    padding = jnp.zeros((*k.shape[:-1], pages.shape[-1] - 2 * k.shape[-1]), k.dtype)
+    padding = jnp.zeros((*k.shape[:-1], pages.shape[-1] - k.shape[-1] - v.shape[-1]), k.dtype)
     return (jnp.concatenate([k, v, padding], axis=-1),)
 
 

@@ -162,8 +162,9 @@ class _Prefill:
             lanes = pl.ds(g * size, size)
             self.top[:, lanes] = jnp.broadcast_to(sink[:, :1], (SUBLANES, size))
         # The sum of weights lies below the values: a sink's weight is 1.
-        self.acc[: shape.head_dim] = jnp.zeros((shape.head_dim, self.queries), jnp.float32)
-        self.acc[shape.head_dim :] = jnp.ones((shape.value_rows - shape.head_dim, self.queries), jnp.float32)
+        dim = shape.value_dim
+        self.acc[:dim] = jnp.zeros((dim, self.queries), jnp.float32)
+        self.acc[dim:] = jnp.ones((shape.value_rows - dim, self.queries), jnp.float32)
 
     def _find_reach(self, item: _Item) -> None:
         """For queries along lanes the last key they see, of the chunk, less the row of the register; nothing for tokens of other rows."""
@@ -180,7 +181,7 @@ class _Prefill:
         skip = shape.value_lane
         for tile in self._tiles(tokens):
             values = shape.values(self.kv, slot, 0, tile).T
-            self.v[: shape.head_dim, tile] = values[skip : skip + shape.head_dim]
+            self.v[: shape.value_dim, tile] = values[skip : skip + shape.value_dim]
 
     def _score(self, slots: tuple, q: pl.Slice, k: pl.Slice, masked: bool) -> tuple[jax.Array, jax.Array]:
         """(scores [keys, queries] of a tile, the maximum of every eighth row)."""
@@ -224,7 +225,7 @@ class _Prefill:
 
     def _finish(self, item: _Item) -> None:
         shape, size = self.shape, self.config.block_tokens
-        dim = shape.head_dim
+        dim = shape.value_dim
         for g in range(shape.group):
             lanes = pl.ds(g * size, size)
             out = self.acc[:dim, lanes] / self.acc[dim : dim + 1, lanes]
@@ -241,7 +242,7 @@ class _Prefill:
     def run(self) -> None:
         shape, size = self.shape, self.config.block_tokens
         self.kv[...] = jnp.zeros_like(self.kv)  # what no DMA fills is read, masked: it must be finite
-        ones = shape.head_dim // 16 * 16
+        ones = shape.value_dim // 16 * 16
         self.v[ones:] = jnp.ones((shape.value_rows - ones, self.chunk_tokens), self.v.dtype)
         row = self.num_decodes
         block = jax.lax.div(self.starts[jnp.minimum(row, shape.num_rows - 1)], size)
@@ -324,6 +325,8 @@ def attend_rows(
     soft_cap: float | None,
     windowed: bool,
     config: PrefillConfig,
+    latent: int | None = None,
+    head_blocks: int = 1,
     interpret: Any = False,
 ) -> jax.Array:
     """Attention of rows scalars[0]:scalars[1] over pages that hold their tokens.
@@ -333,11 +336,12 @@ def attend_rows(
         scalars: int32 [4]: rows of one token, rows with tokens, page offset, sliding window (NO_WINDOW for none).
         sinks: float32 [num_heads, LANES], the same in every lane; FLOOR for none.
         windowed: whether the window may be one.
+        latent: lanes of K that are V, where pages hold one latent a token, which `head_blocks` groups of heads visit one by one; else None.
 
     Returns:
         [T, num_heads * q_width]; the first head_dim lanes of a head are defined at the tokens of those rows.
     """
-    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, soft_cap, config)
+    shape = PagedShape.of(num_heads, head_dim, q.dtype, pages, block_tables, soft_cap, config, latent, head_blocks)
     chunk_tokens = config.pages_per_chunk * shape.page_size
     block, queries = (config.block_tokens, shape.group * shape.q_width), shape.group * config.block_tokens
 

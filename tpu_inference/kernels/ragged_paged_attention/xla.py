@@ -32,6 +32,8 @@ class _Context:
     head_dim: int
     sinks: jax.Array
     """float32 [K, G]: what the softmax of a head starts from; MASKED for nothing."""
+    shared: bool
+    """V is K."""
 
     @property
     def page_size(self) -> int:
@@ -60,7 +62,7 @@ class _Context:
         ids = self.block_tables[rows[:, None], jnp.minimum(index, self.block_tables.shape[1] - 1)]
         kv = self.pages[ids + self.page_offset]
         kv = kv.transpose(2, 0, 3, 1, 4, 5).reshape(kv.shape[2], n, kv.shape[3], self.chunk, kv.shape[5])
-        k, v = from_planes(kv, self.head_dim)
+        k, v = (kv[0, ..., : self.head_dim],) * 2 if self.shared else from_planes(kv, self.head_dim)
         return decode(k), decode(v)
 
     def partial_softmax(self, q, k, v, positions, chunks):
@@ -178,14 +180,18 @@ def attend_xla(
     soft_cap: float | None,
     sliding_window: int | jax.Array | None,
     sinks: jax.Array | None,
+    shared: bool = False,
 ) -> jax.Array:
-    """Attention over pages already written; arguments as in `api.ragged_paged_attention`. float32 [T, num_heads, head_dim]."""
+    """Attention over pages already written; arguments as in `api.ragged_paged_attention`. float32 [T, num_heads, head_dim].
+
+    `shared`: pages of one plane hold K, which is V too.
+    """
     num_tokens, num_heads, head_dim = q.shape
     grouped = q.astype(jnp.float32).reshape(num_tokens, pages.shape[2], -1, head_dim)
     start = (
         jnp.full(grouped.shape[1:3], MASKED) if sinks is None else sinks.astype(jnp.float32).reshape(grouped.shape[1:3])
     )
-    ctx = _Context(pages, block_tables, page_offset, scale, soft_cap, sliding_window, head_dim, start)
+    ctx = _Context(pages, block_tables, page_offset, scale, soft_cap, sliding_window, head_dim, start, shared)
     single = (query_start_loc[1:] - query_start_loc[:-1]) == 1
     token = jnp.minimum(query_start_loc[:-1], num_tokens - 1)
     decoded = _decode(ctx, grouped[token], seq_lens - 1, single)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from tpu_inference.kernels.flash_attention import config as flash
 from tpu_inference.kernels.grouped_matmul import config as grouped
+from tpu_inference.kernels.mla import config as mla
 from tpu_inference.kernels.ragged_paged_attention import config as paged
 
 Axes = Mapping[str, Iterable[Any]]
@@ -67,6 +68,18 @@ def _prefill_axes(key: paged.ShapeKey) -> Axes:
     return {"block_tokens": blocks, "pages_per_chunk": chunks, "ahead": (2, 4, 6, 8, 12), "tile": (128, 256, 512)}
 
 
+# Latent attention.
+
+
+def _mla_axes(key: mla.ShapeKey) -> Axes:
+    pages = sorted({key.pages_within(tokens) for tokens in (256, 512, 1024, 2048)})
+    return {"pages_per_item": pages, "slots": (3, 4, 5, 6), "piece": (256, 512, 1024)}
+
+
+def _mla_fits(key: mla.ShapeKey, fields: paged.DecodeConfig) -> bool:
+    return fields.slots * fields.pages_per_item * key.page_size * key.token_bytes <= paged.VMEM_BYTES
+
+
 # Flash attention.
 
 
@@ -112,6 +125,12 @@ PARTS: tuple[Part, ...] = (
         lambda shape: all(new > 1 for _, new in shape.rows),
         lambda shape, fields: fields.within(shape.table_width, sum(new for _, new in shape.rows)),
         lambda config: config.prefill, lambda config, fields: replace(_OTHERS, prefill=fields),
+    ),
+    Part(
+        mla.OP, "decode", _mla_axes, _mla_fits,
+        lambda shape: all(new == 1 for _, new in shape.rows),
+        _decode_of,
+        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill, 1),
     ),
     Part(flash.OP, flash.PART, _flash_axes, _flash_fits, lambda shape: True, lambda shape, fields: fields),
     Part(
