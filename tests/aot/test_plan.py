@@ -67,6 +67,18 @@ def test_collectives_on_another_core(tmp_path):
     assert step["ici_collectives"] == 2 * layers + 1, "of each layer's two row-parallel products, and of the embedding"
 
 
+def test_experts_are_divided_among_the_devices(config):
+    options = ("--chip", "v6e", "--topology", "2x2", "-tp", "4", *SMALL, "--no-times", "--enable-expert-parallel")
+    found = answer("--model", config("tiny-moe"), *options)
+    layers, hidden, width, experts, heads, kv_heads, vocabulary = 3, 256, 128, 8, 4, 2, 512
+    # Two KV heads on four devices are copied; norms, routers and one dense layer's MLP are the rest.
+    divided = 2 * experts * 3 * width * hidden + 3 * 512 * hidden + 2 * vocabulary * hidden
+    divided += layers * (2 * heads + 2 * 2 * kv_heads) * 128 * hidden
+    whole = 2 * experts * hidden + (2 * layers + 1) * hidden + 2 * layers * 128
+    assert found["fits"] is True
+    assert found["hbm_bytes_per_device"]["weights"] == 2 * (divided // 4 + whole)
+
+
 def test_8b_fits_eight_chips_of_v6e_and_not_one_of_v5e(config):
     fits = answer(
         "--model", config("llama-8b"), "--chip", "v6e", "--topology", "2x4", "--max-model-len", "8192", "--no-times"

@@ -26,7 +26,12 @@ from tpu_inference.runner.kv_cache_manager import abstract_kv_cache, uniform_lay
 from tpu_inference.runner.programs import StepPrograms
 
 pytestmark = [pytest.mark.slow, pytest.mark.aot]
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "gemma3": "Gemma3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "qwen2-moe": "Qwen2MoeForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
+}
 
 
 def programs(
@@ -63,8 +68,14 @@ def programs(
     )
 
 
-@pytest.mark.parametrize("topology", ["v6e:2x2", "v5e:2x2"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        *((name, topology) for name in ("llama", "gemma3") for topology in ("v6e:2x2", "v5e:2x2")),
+        ("qwen2-moe", "v5e:2x2"),
+        ("gpt-oss", "v6e:2x2"),
+    ],
+)
 def test_forward_compiles_with_the_cache_in_place(name, topology):
     case = programs(name, topology, 4).forward_case(Bucket(32, 32))
     memory = case.fn.lower(*case.args).compile().memory_analysis()

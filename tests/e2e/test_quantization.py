@@ -162,3 +162,32 @@ def test_what_is_not_served(quantized, zoo, tmp_path, kind, options, said):
         made = zoo("llama@even") if kind is None else quantized(kind)[0]
     with pytest.raises(Exception, match=f"(?s){said}"), engine(str(made), dtype="bfloat16", **options):
         pass
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("fp8-block", {}), pytest.param("int4-group", dict(tensor_parallel_size=2, enable_expert_parallel=True), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_quantized_experts(zoo, tmp_path, kind, options):
+    made, twin = quantized_models.save(zoo("mixtral@even"), kind, tmp_path)
+    expected = answers(twin, **options)
+    with engine(made, dtype="bfloat16", **options) as llm:
+        params = runner(llm).functions.params
+        assert sum(leaf.ndim == 4 and leaf.dtype.itemsize == 1 for leaf in jax.tree.leaves(params)) == 2, (
+            "w13 and w2 of all layers"
+        )
+        found = tokens(llm, prompts(6), COUNT)
+    same = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x[:4], y[:4], strict=True))
+    assert same >= 12, (
+        "of 24, by chance none: sums of bfloat16 are rounded elsewhere than in the twin, and choose other experts"
+    )
+
+
+def test_experts_rounded_at_load(zoo):
+    with engine(zoo("mixtral@even"), dtype="bfloat16", quantization="int8_per_channel_weight_only") as llm:
+        params = runner(llm).functions.params
+        found = tokens(llm, prompts(6), 4)
+    assert sum(leaf.dtype == "int8" for leaf in jax.tree.leaves(params)) == 2
+    same = sum(
+        a == b for x, y in zip(answers(zoo("mixtral@even")), found, strict=True) for a, b in zip(x, y, strict=False)
+    )
+    assert same >= 6

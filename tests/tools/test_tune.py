@@ -12,6 +12,7 @@ import pytest
 from tpu_inference.kernels import tuned
 from tpu_inference.kernels.flash_attention import config as flash
 from tpu_inference.kernels.forms import chip_of, implementation_for
+from tpu_inference.kernels.grouped_matmul import config as grouped
 from tpu_inference.kernels.ragged_paged_attention import config as paged
 from tpu_inference.kernels.ragged_paged_attention.shapes import SHAPES
 from tpu_inference.tools.kernel_report.store import PAGE
@@ -152,6 +153,8 @@ def test_committed_page_is_what_the_committed_records_make():
 def test_axes_are_parameters_with_possible_values(part):
     if part.op == paged.OP:
         key = paged.ShapeKey.of(8, 128, "bfloat16", SimpleNamespace(shape=(9, 2, 2, 128, 128), dtype=jnp.bfloat16))
+    elif part.op == grouped.OP:
+        key = grouped.ShapeKey(8, 1536, 2048, "bfloat16", "bfloat16")
     else:
         key = flash.ShapeKey(8, 2, 1024, 1024, 128, "bfloat16")
     start = part.read(part.heuristic(key, "v6e"))
@@ -164,7 +167,7 @@ def test_axes_are_parameters_with_possible_values(part):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "nothing", "--all"], "op 'nothing' is not known; known are: flash_attention, ragged"),
+        (["--op", "nothing", "--all"], "op 'nothing' is not known; known are: flash_attention, grouped"),
         (["--op", paged.OP, "--all", "--part", "x"], "'x' is not known; known are: decode, prefill"),
         (["--op", paged.OP, "--all", "--chip", "v1"], "chip 'v1' is not known; known are: v4, "),
         (["--op", paged.OP, "--shape", "x"], "'x' is not known; known are: decode_tp1_64x1k, "),

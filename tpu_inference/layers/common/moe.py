@@ -126,6 +126,10 @@ class ExpertWeights:
     """[E, 2 width]"""
     b2: jax.Array | None = None
     """[E, d]"""
+    s13: jax.Array | None = None
+    """[E, 2 width, groups]: scales of quantized weights, of each row and group of columns."""
+    s2: jax.Array | None = None
+    """[E, d, groups]"""
 
 
 def experts(
@@ -156,18 +160,15 @@ def experts(
     """
     form = implementation or implementation_for(mesh.devices.flat[0])
     of_shard = partial(_of_shard, activation=activation, weigh_input=weigh_input, form=form, owns=sharding == "experts")
-    args = (x, weights, ids, parameters.w13, parameters.w2, *(() if parameters.b13 is None else (parameters.b13,)))
+    held = {name: array for name, array in vars(parameters).items() if array is not None and name != "b2"}
     if sharding != "whole":
-        divisions = {
-            "width": (spec((None, "mlp", None)), spec((None, None, "mlp")), spec((None, "mlp"))),
-            "experts": (spec(("experts",)),) * 3,
-        }[sharding]
         local, whole = of_shard, PartitionSpec()
+        divisions = {name: _division(name, array, sharding) for name, array in held.items()}
         of_shard = jax.shard_map(
             lambda *args: jax.lax.psum(local(*args).astype(accumulate_dtype), MODEL_AXIS),
-            mesh=mesh, in_specs=(whole, whole, whole, *divisions)[: len(args)], out_specs=whole, check_vma=False,
+            mesh=mesh, in_specs=(whole, whole, whole, divisions), out_specs=whole, check_vma=False,
         )  # fmt: skip
-    out = of_shard(*args)
+    out = of_shard(x, weights, ids, held)
     if parameters.b2 is not None:  # once, not by every device that has a part of the product
         factors = jnp.ones_like(weights) if weigh_input else weights
         chosen = (jax.nn.one_hot(ids, len(parameters.b2), dtype=jnp.float32) * factors[..., None]).sum(1)
@@ -175,21 +176,28 @@ def experts(
     return out.astype(x.dtype)
 
 
+def _division(name: str, array: jax.Array, sharding: Sharding) -> PartitionSpec:
+    """Of a field of `ExpertWeights`."""
+    if sharding == "experts":
+        return spec(("experts",))
+    if name in ("w13", "s13", "b13"):
+        return spec((None, "mlp"))
+    return PartitionSpec() if name == "s2" and array.shape[2] == 1 else spec((None, None, "mlp"))
+
+
 def _of_shard(
     x: jax.Array,
     weights: jax.Array,
     ids: jax.Array,
-    w13: jax.Array,
-    w2: jax.Array,
-    b13: jax.Array | None = None,
+    held: dict[str, jax.Array],
     *,
     activation: str,
     weigh_input: bool,
     form: Implementation,
     owns: bool,
 ) -> jax.Array:
-    """What the experts of one device add, float32 [T, d]; `owns`: they are some of all, not a part of each."""
-    num_experts = w13.shape[0]
+    """What the experts of one device add, float32 [T, d], `held` by names of `ExpertWeights`; `owns`: they are some of all, not a part of each."""
+    num_experts = held["w13"].shape[0]
     if owns:
         ids = ids - jax.lax.axis_index(MODEL_AXIS) * num_experts
     dispatch = Dispatch.of(ids, num_experts)
@@ -197,10 +205,10 @@ def _of_shard(
     if weigh_input:
         rows = rows * weights.reshape(-1)[dispatch.order][:, None].astype(x.dtype)
     product = partial(grouped_matmul, group_sizes=dispatch.group_sizes, implementation=form)
-    h = product(rows, w13)
-    if b13 is not None:
-        h = h + b13[dispatch.expert]
-    y = product(ACTIVATIONS[activation](h), w2)
+    h = product(rows, held["w13"], scales=held.get("s13"))
+    if "b13" in held:
+        h = h + held["b13"][dispatch.expert]
+    y = product(ACTIVATIONS[activation](h), held["w2"], scales=held.get("s2"))
     # By token again. Those of experts elsewhere are not numbers that anyone computed.
     y = jnp.where(dispatch.here[..., None], y[dispatch.place].astype(jnp.float32), 0)
     return y.sum(1) if weigh_input else (y * weights[..., None]).sum(1)

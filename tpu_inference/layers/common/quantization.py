@@ -153,7 +153,9 @@ class Quantization:
     unread: tuple[str, ...] = ()
     """Ends of names of tensors that such checkpoints have and nothing here reads."""
     experts: Literal["mxfp4"] | None = None
-    """How those of gpt-oss are stored; None: quantized models with experts are refused."""
+    """How those of gpt-oss are stored: they are dequantized as they are read."""
+    scheme_of_experts: Callable[[str], Scheme | None] | None = None
+    """Of a matrix of an expert; None: as `scheme_of` says."""
 
     def of_weight(self, pieces: tuple[Piece, ...]) -> Scheme | None:
         """The one scheme of what a weight is assembled from, in every layer.
@@ -162,8 +164,10 @@ class Quantization:
             TpuInferenceError: there are several.
         """
         names = {piece.source.name.removesuffix(".weight") for piece in pieces if piece.source is not None}
-        found = {name.format(layer=i): None for name in names for i in range(self.num_layers)}
-        schemes = {name: self.scheme_of(name) for name in found}
+        of_expert = any("{expert}" in name for name in names)
+        ask = self.scheme_of_experts if of_expert and self.scheme_of_experts is not None else self.scheme_of
+        found = [name.format(layer=i, expert=0) for name in names for i in range(self.num_layers)]
+        schemes = {name: ask(name) for name in found}
         if len(set(schemes.values())) > 1:
             by_scheme = {scheme: name for name, scheme in schemes.items()}
             raise TpuInferenceError(
@@ -200,12 +204,13 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
         _check_groups(spec, size, shards)
         if spec.axis == 1:
             scale_pieces = tuple(replace(p, size=p.size // size, start=p.start // size) for p in scale_pieces)
-    scales = WeightSpec(
-        (rows, groups),
-        np.float32,
-        (spec.axes[0], spec.axes[1] if groups > 1 else None),
-        scale_pieces,
-        axis,
+    scales = replace(
+        spec,
+        shape=(rows, groups),
+        dtype=np.float32,
+        axes=(spec.axes[0], spec.axes[1] if groups > 1 else None),
+        pieces=scale_pieces,
+        axis=axis,
         init="scales",
     )
     return values, scales

@@ -20,6 +20,7 @@ from tpu_inference.layers.common.moe import (
     route,
 )
 from tpu_inference.layers.common.mxfp4 import Mxfp4Source
+from tpu_inference.layers.common.quantization import Quantization, quantized
 from tpu_inference.layers.common.weights import Piece, Source, TransposedSource, WeightSpec, padded
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.mlp import GatedMLP, in_turns
@@ -40,15 +41,11 @@ class MoE(nnx.Module):
         self.sharding: Sharding = "whole" if ctx.shards == 1 else "experts" if ctx.expert_parallel else "width"
         if self.sharding == "experts":
             refuse_uneven_experts(moe.num_experts, ctx.shards)
-        if ctx.quantization is not None and ctx.quantization.experts is None:
-            raise TpuInferenceError(
-                "Quantized models with experts are not served, except for gpt-oss in MXFP4: use an unquantized checkpoint."
-            )
-        self.mxfp4 = ctx.quantization is not None
+        self.mxfp4 = ctx.quantization is not None and ctx.quantization.experts == "mxfp4"
         self.shards = ctx.shards if self.sharding == "width" else 1
         self.width = -(-moe.width // self.shards) * self.shards
         self._declare_router()
-        self._declare_experts()
+        self._declare_experts(None if self.mxfp4 else ctx.quantization)
         self.shared = self._shared(cfg, ctx) if moe.shared_width else None
         gate = moe.names.shared_gate if moe.shared_width else None
         self.shared_gate = self._whole(f"{gate}.weight", (1, cfg.hidden_size)) if gate else None
@@ -93,18 +90,30 @@ class MoE(nnx.Module):
             sources = [self._source(name, size, *inner) for name in names]
         return in_turns(sources, size, self.width, self.shards)
 
-    def _declare_experts(self) -> None:
+    def _declare_experts(self, quantization: Quantization | None) -> None:
         names, width = self.moe.names, "mlp" if self.sharding == "width" else None
         stack: dict[str, Any] = dict(
             experts=self.moe.num_experts, experts_axis="experts" if self.sharding == "experts" else None
         )
         down = padded(self._source(names.down, self.hidden, self.moe.width), self.moe.width, self.width)
-        self.w13 = nnx.Param(WeightSpec(
-            (2 * self.width, self.hidden), self.dtype, (width, "embed"), self._gate_up_pieces(names.gate_up, self.hidden), **stack,
-        ))  # fmt: skip
-        self.w2 = nnx.Param(WeightSpec((self.hidden, self.width), self.dtype, ("embed", width), down, axis=1, **stack))
+        gate_up = self._gate_up_pieces(names.gate_up, self.hidden)
+        w13 = WeightSpec((2 * self.width, self.hidden), self.dtype, (width, "embed"), gate_up, **stack)
+        w2 = WeightSpec((self.hidden, self.width), self.dtype, ("embed", width), down, axis=1, **stack)
+        (self.w13, self.s13), (self.w2, self.s2) = (self._quantized(spec, quantization) for spec in (w13, w2))
         biases = self._bias_specs(width, stack)
         self.b13, self.b2 = (nnx.Param(spec) for spec in biases) if biases else (None, None)
+
+    def _quantized(self, spec: WeightSpec, quantization: Quantization | None) -> tuple[nnx.Param, nnx.Param | None]:
+        """Values and scales, or a weight as it is and None."""
+        scheme = quantization and quantization.of_weight(spec.pieces)
+        if not scheme:
+            return nnx.Param(spec), None
+        if not all("{expert}" in name for name in spec.sources()):
+            raise TpuInferenceError(
+                f"{next(iter(spec.sources()))} holds the quantized weights of all experts together: served are tensors of one expert each."
+            )
+        values, scales = quantized(spec, scheme, self.shards)
+        return nnx.Param(values), nnx.Param(scales)
 
     def _bias_specs(self, width: str | None, stack: dict[str, Any]) -> tuple[WeightSpec, WeightSpec] | None:
         names = self.moe.names
@@ -129,9 +138,10 @@ class MoE(nnx.Module):
         """[T, hidden] -> [T, hidden]."""
         score_bias = None if self.score_bias is None else self.score_bias[...]
         weights, ids = route(self._logits(x), self.moe.routing, score_bias)
-        biases = (None if bias is None else bias[...] for bias in (self.b13, self.b2))
+        others = (self.b13, self.b2, self.s13, self.s2)
+        held = ExpertWeights(self.w13[...], self.w2[...], *(None if other is None else other[...] for other in others))
         out = experts(
-            x, weights, ids, ExpertWeights(self.w13[...], self.w2[...], *biases),
+            x, weights, ids, held,
             activation=self.moe.activation, mesh=self.mesh, sharding=self.sharding,
             accumulate_dtype=self.accumulate_dtype, weigh_input=self.moe.weigh_input,
         )  # fmt: skip

@@ -10,8 +10,18 @@ from tpu_inference.layers.common.quantization import Quantization, Scheme
 
 MXFP4 = "gpt_oss_mxfp4"
 """vLLM's name of gpt-oss's checkpoints, whose experts alone are quantized."""
-SERVED = ("fp8", "compressed-tensors", "auto_awq", "auto_gptq", "mxfp4", MXFP4, "fp8_per_channel", "online")
-"""vLLM's names: the last two are asked for with --quantization and rounded at load, the others are of checkpoints."""
+SERVED = (
+    "fp8",
+    "compressed-tensors",
+    "auto_awq",
+    "auto_gptq",
+    "mxfp4",
+    MXFP4,
+    "fp8_per_channel",
+    "int8_per_channel_weight_only",
+    "online",
+)
+"""vLLM's names: the last three are asked for with --quantization and rounded at load, the others are of checkpoints."""
 TABLE = (
     "fp8 checkpoints with a scale a tensor or a block; compressed-tensors of int8 (W8A8, W8A16), fp8 (W8A8, W8A16) and "
     "int4 (W4A16); AWQ of 4 bits with zero points; GPTQ of 4 and 8 bits, symmetric and without desc_act; MXFP4 of gpt-oss's experts; "
@@ -41,8 +51,9 @@ def quantization_of(vllm_config: Any) -> Quantization | None:
     name = config.get_name()
     if name not in _READERS:
         raise QuantizationError(f"The quantization {name!r}")
-    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-    return Quantization(_READERS[name](config), layers, _UNREAD, "mxfp4" if name == MXFP4 else None)
+    layers, read = vllm_config.model_config.hf_text_config.num_hidden_layers, _READERS[name]
+    of_experts = read(config, experts=True) if read is _online else None
+    return Quantization(read(config), layers, _UNREAD, "mxfp4" if name == MXFP4 else None, of_experts)
 
 
 def _fp8(config: Any) -> Callable[[str], Scheme | None]:
@@ -53,17 +64,18 @@ def _fp8(config: Any) -> Callable[[str], Scheme | None]:
     return lambda layer: None if compat.fp8_skips(config, layer) else scheme
 
 
-def _online(config: Any) -> Callable[[str], Scheme | None]:
+def _online(config: Any, *, experts: bool = False) -> Callable[[str], Scheme | None]:
     args = config.args
+    asked = args.moe if experts else args.linear
     if args.targets is not None:
         raise QuantizationError("quantization_config with targets")
-    if args.linear is None:
-        raise QuantizationError("Quantization at load of experts alone")
-    if args.linear.activation is not None:
-        raise QuantizationError(f"Quantization at load with activations in {args.linear.activation}")
-    dtype = {"fp8_per_channel_static": _FP8, "int8_per_channel_static": "int8"}.get(str(args.linear))
+    if asked is None:
+        return lambda layer: None
+    if asked.activation is not None:
+        raise QuantizationError(f"Quantization at load with activations in {asked.activation}")
+    dtype = {"fp8_per_channel_static": _FP8, "int8_per_channel_static": "int8"}.get(str(asked))
     if dtype is None:
-        raise QuantizationError(f"Quantization at load by {args.linear}")
+        raise QuantizationError(f"Quantization at load by {asked}")
     scheme = Scheme(dtype, at_load=True)
     return lambda layer: None if compat.online_skips(config, layer) else scheme
 

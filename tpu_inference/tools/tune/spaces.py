@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from tpu_inference.kernels.flash_attention import config as flash
+from tpu_inference.kernels.grouped_matmul import config as grouped
 from tpu_inference.kernels.ragged_paged_attention import config as paged
 
 Axes = Mapping[str, Iterable[Any]]
@@ -90,6 +91,15 @@ def _flash_fits(key: flash.ShapeKey, fields: flash.Config) -> bool:
     return tiles <= 64 and size <= paged.VMEM_BYTES
 
 
+# Grouped products.
+
+
+def _grouped_axes(key: grouped.ShapeKey) -> Axes:
+    """Not rows of a block: which pairs the kernel walks, and so what it is measured on, is counted in them."""
+    outs = sorted({grouped.even(key.out, blocks) for blocks in (1, 2, 3, 4, 6, 8)})
+    return {"block_out": outs, "slots": (2, 3, 4, 6)}
+
+
 PARTS: tuple[Part, ...] = (
     Part(
         paged.OP, "decode", _decode_axes, _decode_fits,
@@ -104,6 +114,12 @@ PARTS: tuple[Part, ...] = (
         lambda config: config.prefill, lambda config, fields: replace(_OTHERS, prefill=fields),
     ),
     Part(flash.OP, flash.PART, _flash_axes, _flash_fits, lambda shape: True, lambda shape, fields: fields),
+    Part(
+        grouped.OP, grouped.PART, _grouped_axes,
+        lambda key, fields: key.vmem_bytes(fields) <= max(grouped.VMEM_BYTES.values()),
+        lambda shape: True,
+        lambda shape, fields: fields.within(shape.rows, shape.out, shape.dtype),
+    ),
 )  # fmt: skip
 
 
