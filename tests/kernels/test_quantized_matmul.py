@@ -53,12 +53,14 @@ def test_kernel_against_the_reference(rows, out, columns):
 
 
 def test_where_the_kernel_runs():
-    few, many = (case(rows, 64, 128, 1, "float8_e4m3fn") for rows in (8, 129))
-    forms = {chip: form_of(*few, activations=None, implementation=Form("pallas", chip)) for chip in ("v6e", "v5e")}
-    assert forms == {"v6e": "pallas", "v5e": "xla"}
-    assert form_of(*many, activations=None, implementation=Form("pallas", "v6e")) == "xla"
-    integers = case(8, 64, 128, 1, "int8")
-    assert form_of(*integers, activations="int8", implementation=Form("pallas", "v6e")) == "xla"
+    def form(rows=8, columns=4096, values="float8_e4m3fn", activations=None, chip="v6e"):
+        arrays = ((rows, columns), "bfloat16"), ((64, columns), values), ((64, 1), "float32")
+        abstract = [jax.ShapeDtypeStruct(*array) for array in arrays]
+        return form_of(*abstract, activations=activations, implementation=Form("pallas", chip))
+
+    assert form() == "pallas"
+    others = (dict(chip="v5e"), dict(rows=129), dict(columns=1792), dict(values="int8", activations="int8"))
+    assert [form(**other) for other in others] == ["xla"] * 4
 
 
 @pytest.mark.parametrize(
