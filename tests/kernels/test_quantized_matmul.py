@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tpu_inference.kernels.forms import Form
 from tpu_inference.kernels.quantized_matmul import quantized_matmul
+from tpu_inference.kernels.quantized_matmul.api import form_of
 
 
 def case(rows, out, columns, groups, dtype, x_dtype="bfloat16"):
@@ -35,6 +37,30 @@ def test_rounded_activations_are_summed_exactly():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     exact = quantized_matmul(*arguments)
     assert 0 < np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("rows", "out", "columns"), [(5, 300, 128), (8, 64, 1152)])
+def test_kernel_against_the_reference(rows, out, columns):
+    x, values, scales = case(rows, out, columns, 1, "float8_e4m3fn")
+    codes = np.arange(256, dtype=np.uint8)
+    codes = jnp.asarray(codes[(codes & 0x7F) != 0x7F].view("float8_e4m3fn"))  # every value, subnormal ones too
+    values = values.at[:2, :127].set(codes.reshape(2, 127))
+    expected = quantized_matmul(x, values, scales, implementation="reference").astype(jnp.float32)
+    found = quantized_matmul(x, values, scales, implementation="pallas_interpret").astype(jnp.float32)
+    for i in range(out):
+        np.testing.assert_allclose(found[:, i], expected[:, i], atol=2**-7 * np.abs(expected[:, i]).max())
+
+
+def test_where_the_kernel_runs():
+    def form(rows=8, columns=4096, values="float8_e4m3fn", activations=None, chip="v6e"):
+        arrays = ((rows, columns), "bfloat16"), ((64, columns), values), ((64, 1), "float32")
+        abstract = [jax.ShapeDtypeStruct(*array) for array in arrays]
+        return form_of(*abstract, activations=activations, implementation=Form("pallas", chip))
+
+    assert form() == "pallas"
+    others = (dict(chip="v5e"), dict(rows=129), dict(columns=1792), dict(values="int8", activations="int8"))
+    assert [form(**other) for other in others] == ["xla"] * 4
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.forms import Implementation
+from tpu_inference.kernels.forms import Implementation, chip_of
+from tpu_inference.kernels.quantized_matmul.kernel import quantized_matmul_pallas, serves
 from tpu_inference.kernels.quantized_matmul.reference import quantized_matmul_reference
 from tpu_inference.kernels.quantized_matmul.xla import quantized_matmul_xla
 
-_FORMS = {"xla": quantized_matmul_xla, "pallas": quantized_matmul_xla, "reference": quantized_matmul_reference}
+_JNP = {"xla": quantized_matmul_xla, "reference": quantized_matmul_reference}
+_INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
+_FORMS = (*_JNP, *_INTERPRET)
+KERNEL_CHIPS = ("v6e",)
+"""Where the kernel is faster than XLA's own conversion, by the compiler's schedule."""
+LEAST_COLUMNS = 3072
+"""Below, its blocks are too small to hide the latency of HBM: at 1792 columns it loses at 1000 cycles, at 1024 and fewer always."""
 ACTIVATIONS = (None, "int8")
 VALUES = tuple(jnp.dtype(name) for name in ("int8", "float8_e4m3fn", "float8_e5m2"))
 
@@ -33,7 +41,8 @@ def quantized_matmul(
         activations: None, or "int8": each row of x is rounded to int8 by its greatest absolute value, and the products are exact sums of int32. Needs
             int8 values and one group.
         accumulate_dtype: of the product before it is scaled, which is what is summed over devices where `in` is divided among them.
-        implementation: "xla", "reference"; "pallas" is the XLA form too, which is at the roofline for one group of int8 (docs/kernels.md).
+        implementation: "xla", "reference", "pallas" (TPU) or "pallas_interpret" (any device). The kernel is for float8_e4m3fn weights of one group
+            and few rows; "pallas" takes it where `form_of` says so and is the XLA form elsewhere. The kernel reads NaN values as 480.
 
     Returns:
         [T, out] in x's dtype.
@@ -42,7 +51,19 @@ def quantized_matmul(
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
     _check(x, values, scales, activations, implementation)
-    return _FORMS[implementation](x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype)
+    form = form_of(x, values, scales, activations=activations, implementation=implementation)
+    if form in _INTERPRET:
+        return quantized_matmul_pallas(x, values, scales, interpret=_INTERPRET[form])
+    return _JNP[form](x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype)
+
+
+def form_of(x: Any, values: Any, scales: Any, *, activations: str | None, implementation: Implementation) -> str:
+    """The form that a call runs: `implementation`, but "xla" where the kernel does not serve it or is no gain on the chip."""
+    if implementation not in _INTERPRET:
+        return str(implementation)
+    gains = chip_of(implementation) in KERNEL_CHIPS and x.shape[1] >= LEAST_COLUMNS
+    gains = gains or implementation == "pallas_interpret"
+    return str(implementation) if gains and serves(x, values, scales.shape[1], activations) else "xla"
 
 
 def _check(x: Any, values: Any, scales: Any, activations: str | None, implementation: str) -> None:
