@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "qwen2-moe": "Qwen2MoeForCausalLM",
+    "qwen3-moe": "Qwen3MoeForCausalLM",
     "gpt-oss": "GptOssForCausalLM",
 }
 
@@ -123,6 +124,19 @@ def test_quantized_weights_stay_so_in_hbm(scheme, topology):
     assert len(stacks) == 4, "qkv, o, gate and up, down"
     # Groups are multiplied out, at most for a layer or two at a time; all of them would be twice this.
     assert memory.temp_size_in_bytes < 1.1 * max(map(shard_bytes, stacks))
+
+
+@pytest.mark.parametrize("scheme", [None, Scheme("float8_e4m3fn", (128, 128))], ids=["bfloat16", "fp8-block"])
+def test_experts_are_multiplied_where_they_lie(scheme):
+    """Neither all layers' are laid out anew, nor one layer's copied out of the stack."""
+    sizes = dict(
+        hidden_size=2048, num_experts=32, mlp_only_layers=[], moe_intermediate_size=768 if scheme is None else 1024
+    )
+    case = programs("qwen3-moe", "v6e:2x2", 4, scheme, **sizes).forward_case(Bucket(32, 32))
+    stacks = [w for w in jax.tree.leaves(case.args[0]) if w.ndim == 4 and w.shape[3] > 100]
+    assert len(stacks) == 2, "gate and up, down"
+    memory = case.fn.lower(*case.args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < min(map(shard_bytes, stacks)) / 4, "the experts of one of four layers"
 
 
 def test_scanned_weights_are_not_copied_on_tpu7x():

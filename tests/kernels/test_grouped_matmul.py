@@ -69,6 +69,28 @@ def test_xla_form_with_scales(blocks):
     compare("xla", args, scales=scales, atol=1e-3)
 
 
+def within_stack(args, scales=None):
+    """The same product, of weights that lie in the middle of more."""
+    x, weights, sizes = args
+    put = lambda array: jnp.concatenate([array[:1] + 1, array, array[:2] - 1])  # noqa: E731
+    return (x, put(weights), sizes), None if scales is None else put(scales)
+
+
+@pytest.mark.parametrize("form", ["xla", "reference"])
+def test_weights_within_a_stack(form):
+    args, scales = quantized(arrays([3, 0, 20]), 8, 8)
+    stacked, stacked_scales = within_stack(args, scales)
+    found = run(form, stacked, scales=stacked_scales, first_group=1)
+    np.testing.assert_allclose(found, run(form, args, scales=scales), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["xla", "reference"])
+def test_transposed_weights(form):
+    x, weights, sizes = args = arrays([3, 0, 20])
+    found = run(form, (x, weights.swapaxes(1, 2), sizes), transposed=True)
+    np.testing.assert_allclose(found, run(form, args), rtol=1e-5)
+
+
 @settings(deadline=None, max_examples=200)
 @given(sizes=SIZES, spare=st.integers(0, 40), block=st.sampled_from([8, 16]))
 def test_units_cover_every_row_once_and_in_order(sizes, spare, block):
@@ -76,7 +98,8 @@ def test_units_cover_every_row_once_and_in_order(sizes, spare, block):
     found = units(sizes, blocks, block, np)
     assert all(np.array_equal(a, b) for a, b in zip(found, units(jnp.asarray(sizes), blocks, block), strict=True))
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    total, items = found.totals
+    total, items, first = found.totals
+    assert first == 0
     expected = [
         (g, b) for g, size in enumerate(sizes) if size for b in range(starts[g] // block, -(-starts[g + 1] // block))
     ]
@@ -104,7 +127,7 @@ def test_blocks_cover_the_outputs(shape, chip):
         (dict(x=jnp.zeros((0, 24))), r"are not \[M, in\]"),
         (dict(x=jnp.zeros((3, 23))), r"are not \[M, in\]"),
         (dict(x=jnp.zeros((3, 24), jnp.float16)), "neither bfloat16 nor float32"),
-        (dict(sizes=jnp.zeros(2, jnp.int32)), "an integer for each of 1 groups"),
+        (dict(sizes=jnp.zeros(2, jnp.int32)), "an integer for each of 1 groups, or of some"),
         (dict(sizes=jnp.zeros(1)), "an integer for each of 1 groups"),
         (dict(weights=jnp.zeros((1, 40, 24), jnp.int8)), "need scales"),
         (dict(scales=jnp.ones((1, 3, 1))), "are not those of blocks"),
@@ -144,6 +167,15 @@ class TestKernel:
     @pytest.mark.parametrize("slots", [2, 3])
     def test_groups(self, sizes, slots):
         compare("pallas_interpret", arrays(sizes, rows=70, out=320), config=Config(16, 128, slots))
+
+    def test_transposed_and_within_a_stack(self):
+        args, scales = quantized(arrays([5, 0, 20], out=256, columns=40), 128, 40)
+        (x, weights, sizes), stacked_scales = within_stack(args, scales)
+        found = run(
+            "pallas_interpret", (x, weights.swapaxes(1, 2), sizes), scales=stacked_scales,
+            first_group=1, transposed=True, config=Config(16, 128),
+        )  # fmt: skip
+        np.testing.assert_allclose(found[:25], run("reference", args, scales=scales)[:25], atol=1e-2)
 
     def test_bfloat16_in_one_block(self):
         compare("pallas_interpret", arrays([3, 20, 0, 9], out=100, dtype=jnp.bfloat16), atol=0.1)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Implementation, chip_of
-from tpu_inference.kernels.grouped_matmul.config import Config, ShapeKey, config_for
+from tpu_inference.kernels.grouped_matmul.config import LANES, Config, ShapeKey, config_for
 from tpu_inference.kernels.grouped_matmul.pallas import grouped_matmul_pallas
 from tpu_inference.kernels.grouped_matmul.reference import grouped_matmul_reference
 from tpu_inference.kernels.grouped_matmul.xla import grouped_matmul_xla
@@ -21,6 +21,8 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     scales: jax.Array | None = None,
+    first_group: jax.Array | int = 0,
+    transposed: bool = False,
     implementation: Implementation = "xla",
     config: Config | None = None,
 ) -> jax.Array:
@@ -28,11 +30,14 @@ def grouped_matmul(
 
     Args:
         x: [M, in], bfloat16 or float32; the rows of group 0, then those of group 1, and so on. M > 0.
-        weights: [E, out, in], in x's dtype, or what `scales` are for.
+        weights: [E or more, out, in], in x's dtype, or what `scales` are for.
         group_sizes: int32 [E], rows of each group; may be 0, and M in all at most. Rows past the last group are unspecified, and may
             not be finite.
-        scales: [E, out / a, in / b], of blocks of a x b numbers of `weights`, which they are multiplied by; a block may be all of a dimension.
-            On TPU b is a multiple of 128, or all of `in`.
+        scales: [E or more, out / a, in / b], of blocks of a x b numbers of `weights`, which they are multiplied by; a block may be all of
+            a dimension. On TPU b is a multiple of 128, or all of `in`.
+        first_group: int32 scalar. `weights` and `scales` may have more groups than `group_sizes`, and those from here on are meant: of stacked
+            layers, none is copied out for the kernel.
+        transposed: `weights` are [E or more, in, out]. See `lies_transposed`.
         implementation: "pallas" (TPU), "pallas_interpret" (the same kernel interpreted, on any device), "xla", "reference". `implementation_for`
             a device also tells the chip, for which the kernel is blocked.
         config: blocks of the Pallas kernel; None for those tuned for the shape and chip, else the heuristic's.
@@ -40,19 +45,29 @@ def grouped_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
-    _check(x, weights, group_sizes, scales)
+    _check(x, weights.swapaxes(1, 2) if transposed else weights, group_sizes, scales)
     if implementation not in (*_PLAIN, *_INTERPRET):
         raise ValueError(f"implementation={implementation!r} is none of {sorted((*_PLAIN, *_INTERPRET))}")
     if scales is not None:
-        scales = _by_output(scales.astype(jnp.float32), weights.shape[1])
+        scales = jax.lax.dynamic_slice_in_dim(scales, first_group, len(group_sizes))
+        scales = _by_output(scales.astype(jnp.float32), weights.shape[2 if transposed else 1])
     if implementation in _PLAIN:
-        return _PLAIN[implementation](x, weights, group_sizes, scales)
-    if scales is not None and scales.shape[1] > 1 and weights.shape[2] // scales.shape[1] % 128:
+        weights = weights.swapaxes(1, 2) if transposed else weights
+        return _PLAIN[implementation](x, weights, group_sizes, scales, first_group)
+    if scales is not None and scales.shape[1] > 1 and x.shape[1] // scales.shape[1] % 128:
         raise ValueError(
-            f"scales of {weights.shape[2] // scales.shape[1]} columns are not served by the kernel: 128 or a multiple"
+            f"scales of {x.shape[1] // scales.shape[1]} columns are not served by the kernel: 128 or a multiple"
         )
-    config = config or config_for(ShapeKey.of(x, weights), chip_of(implementation))
-    return grouped_matmul_pallas(x, weights, group_sizes, scales, config=config, interpret=_INTERPRET[implementation])
+    key = ShapeKey.of(x, weights, len(group_sizes), transposed=transposed)
+    return grouped_matmul_pallas(
+        x, weights, group_sizes, scales, first_group,
+        transposed=transposed, config=config or config_for(key, chip_of(implementation)), interpret=_INTERPRET[implementation],
+    )  # fmt: skip
+
+
+def lies_transposed(out: int, columns: int) -> bool:
+    """Whether an array [..., out, columns] lies on TPU as [..., columns, out]: the last dimension is padded to lanes, where the one before is not."""
+    return columns % LANES != 0 and out % LANES == 0
 
 
 def _by_output(scales: jax.Array, out: int) -> jax.Array:
@@ -65,9 +80,13 @@ def _check(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, scales: jax
         raise ValueError(f"x {x.shape} and weights {weights.shape} are not [M, in] and [E, out, in]")
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"x of {x.dtype} is neither bfloat16 nor float32")
-    if group_sizes.shape != weights.shape[:1] or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+    if (
+        group_sizes.ndim != 1
+        or not 0 < len(group_sizes) <= len(weights)
+        or not jnp.issubdtype(group_sizes.dtype, jnp.integer)
+    ):
         raise ValueError(
-            f"group_sizes {group_sizes.dtype}{group_sizes.shape} are not an integer for each of {len(weights)} groups"
+            f"group_sizes {group_sizes.dtype}{group_sizes.shape} are not an integer for each of {len(weights)} groups, or of some of them"
         )
     if scales is None and weights.dtype != x.dtype:
         raise ValueError(f"weights of {weights.dtype} need scales to be multiplied by x of {x.dtype}")

@@ -48,9 +48,11 @@ class ShapeKey:
     weight_dtype: str
 
     @classmethod
-    def of(cls, x: Any, weights: Any) -> "ShapeKey":
-        """From the arrays of a call, or their shapes and dtypes."""
-        return cls(*weights.shape, jnp.dtype(x.dtype).name, jnp.dtype(weights.dtype).name)
+    def of(cls, x: Any, weights: Any, num_groups: int | None = None, *, transposed: bool = False) -> "ShapeKey":
+        """From the arrays of a call, or their shapes and dtypes; `num_groups` where these are some of the weights' groups."""
+        out, columns = weights.shape[:0:-1] if transposed else weights.shape[1:]
+        groups = num_groups or weights.shape[0]
+        return cls(groups, out, columns, jnp.dtype(x.dtype).name, jnp.dtype(weights.dtype).name)
 
     def __str__(self) -> str:
         """As in tuned tables."""

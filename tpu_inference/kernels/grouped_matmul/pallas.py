@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.grouped_matmul.config import MIB, Config, ShapeKey
+from tpu_inference.kernels.grouped_matmul.config import LANES, MIB, Config, ShapeKey
 from tpu_inference.kernels.grouped_matmul.units import Units, num_units, units
 
 NAME = "grouped_matmul"
@@ -41,8 +41,12 @@ def _body(*refs: Any, num_scales: int, blocked: "_Blocked", per_group: int) -> N
 
             @pl.when(here & (part < blocked.num_parts) & (num_items > 0))
             def _(size: int = size) -> None:
-                source = weights.at[group, pl.ds(pl.multiple_of(part * blocked.out, blocked.alignment), size)]
-                getattr(pltpu.make_async_copy(source, buffers.at[slot, pl.ds(0, size)], arrived.at[slot]), do)()
+                outputs = pl.ds(pl.multiple_of(part * blocked.out, blocked.alignment), size), pl.ds(0, size)
+                source, target = ((slice(None), at) if blocked.transposed else (at,) for at in outputs)
+                copy = pltpu.make_async_copy(
+                    weights.at[scalars.totals[2] + group, *source], buffers.at[slot, *target], arrived.at[slot]
+                )
+                getattr(copy, do)()
 
     @pl.when((part == 0) & (unit == 0))
     def _() -> None:
@@ -59,7 +63,7 @@ def _body(*refs: Any, num_scales: int, blocked: "_Blocked", per_group: int) -> N
             fetch(place, "wait")
 
         weight = buffers[jax.lax.rem(place, blocked.slots)]
-        product = _product(x[...], weight, scales[0][0] if scales else None, per_group)
+        product = _product(x[...], weight, scales[0][0] if scales else None, per_group, blocked.transposed)
         row = scalars.blocks[unit] * blocked.rows + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
         mine = (row >= scalars.starts[group]) & (row < scalars.starts[group + 1])
         # Rows of other groups were put there by earlier pairs, or will be by later ones.
@@ -78,7 +82,8 @@ class _Blocked:
     """Of a block."""
     slots: int
     alignment: int
-    """Of first outputs: rows of a tile of weights."""
+    """Of first outputs: rows of a tile of weights, or lanes."""
+    transposed: bool
 
     @property
     def num_parts(self) -> int:
@@ -92,36 +97,42 @@ class _Blocked:
         return [(part < self.num_parts - 1, self.out), (part == self.num_parts - 1, last)]
 
 
-def _product(x: Any, weight: Any, scales: Any | None, per_group: int) -> Any:
-    """[rows, in] x [out, in] -> float32 [rows, out]; scales [in / per_group, out]."""
+def _product(x: Any, weight: Any, scales: Any | None, per_group: int, transposed: bool) -> Any:
+    """[rows, in] x [out, in] (transposed: [in, out]) -> float32 [rows, out]; scales [in / per_group, out]."""
 
     def dot(x: Any, weight: Any) -> Any:
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         return jax.lax.dot_general(
-            x, weight.astype(x.dtype), (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
+            x, weight.astype(x.dtype), (((1,), (0 if transposed else 1,)), ((), ())), precision=precision,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
 
     if scales is None:
         return dot(x, weight)
     parts = [slice(i, i + per_group) for i in range(0, x.shape[1], per_group)]
-    return sum(dot(x[:, part], weight[:, part]) * scales[i : i + 1] for i, part in enumerate(parts))
+    return sum(
+        dot(x[:, part], weight[part] if transposed else weight[:, part]) * scales[i : i + 1]
+        for i, part in enumerate(parts)
+    )
 
 
-@partial(jax.jit, static_argnames=("config", "interpret"))
+@partial(jax.jit, static_argnames=("transposed", "config", "interpret"))
 def grouped_matmul_pallas(
     x: jax.Array,
     weights: jax.Array,
     group_sizes: jax.Array,
     scales: jax.Array | None,
+    first_group: jax.Array | int = 0,
     *,
+    transposed: bool = False,
     config: Config,
     interpret: Any,
 ) -> jax.Array:
     """As the op; `scales` [E, groups of columns, out]."""
-    (rows, columns), (num_groups, out, _) = x.shape, weights.shape
-    tile = 32 // weights.dtype.itemsize
+    (rows, columns), out, num_groups = x.shape, weights.shape[2 if transposed else 1], len(group_sizes)
+    tile = LANES if transposed else 32 // weights.dtype.itemsize
     config = config.within(rows, out, x.dtype)
-    blocked = _Blocked(num_groups, out, config.block_rows, config.block_out, config.slots, tile)
+    blocked = _Blocked(num_groups, out, config.block_rows, config.block_out, config.slots, tile, transposed)
     num_blocks = -(-rows // blocked.rows)
     padded = num_blocks * blocked.rows
     if padded > rows:
@@ -135,7 +146,7 @@ def grouped_matmul_pallas(
             pl.BlockSpec((1, scales.shape[1], blocked.out), lambda j, u, groups, *_: (groups[u], 0, j)),
         )
     per_group = columns if scales is None else columns // scales.shape[1]
-    limit = ShapeKey.of(x, weights).vmem_bytes(config) + SPARE_VMEM_BYTES
+    limit = ShapeKey.of(x, weights, num_groups, transposed=transposed).vmem_bytes(config) + SPARE_VMEM_BYTES
     result = pl.pallas_call(
         partial(_body, num_scales=len(in_specs) - 2, blocked=blocked, per_group=per_group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -144,7 +155,9 @@ def grouped_matmul_pallas(
             in_specs=in_specs,
             out_specs=pl.BlockSpec((blocked.rows, blocked.out), lambda j, u, groups, blocks, *_: (blocks[u], j)),
             scratch_shapes=[
-                pltpu.VMEM((blocked.slots, blocked.out, columns), weights.dtype),
+                pltpu.VMEM(
+                    (blocked.slots, *((columns, blocked.out) if transposed else (blocked.out, columns))), weights.dtype
+                ),
                 pltpu.SemaphoreType.DMA((blocked.slots,)),
             ],
         ),
@@ -154,5 +167,10 @@ def grouped_matmul_pallas(
         ),
         name=NAME,
         interpret=interpret,
-    )(*units(group_sizes, num_blocks, blocked.rows), x, weights, *(() if scales is None else (scales,)))
+    )(
+        *units(group_sizes, num_blocks, blocked.rows, first_group=first_group),
+        x,
+        weights,
+        *(() if scales is None else (scales,)),
+    )
     return result[:rows]

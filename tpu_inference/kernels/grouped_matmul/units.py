@@ -25,10 +25,10 @@ class Units(NamedTuple):
     starts: Any
     """[E + 1]: the first row of each group, and where the last one ends."""
     totals: Any
-    """[2]: how many pairs there are, and how many groups with rows."""
+    """[3]: how many pairs there are, how many groups with rows, and where the weights of the first group are."""
 
 
-def units(group_sizes: Any, num_blocks: int, block_rows: int, xp: Any = jnp) -> Units:
+def units(group_sizes: Any, num_blocks: int, block_rows: int, xp: Any = jnp, first_group: Any = 0) -> Units:
     """The pairs of `num_blocks` blocks of `block_rows` rows; `xp` is jnp or np."""
     sizes = xp.asarray(group_sizes, xp.int32)
     index = xp.arange(len(sizes), dtype=xp.int32)
@@ -52,7 +52,7 @@ def units(group_sizes: Any, num_blocks: int, block_rows: int, xp: Any = jnp) -> 
             x.astype(xp.int32)
             for x in (
                 group, xp.clip(block, 0, num_blocks - 1), xp.maximum(item, 0), item_groups,
-                xp.concatenate([starts, ends[-1:]]), xp.stack([until[-1], with_rows[-1]]),
+                xp.concatenate([starts, ends[-1:]]), xp.stack([until[-1], with_rows[-1], xp.asarray(first_group, until.dtype)]),
             )
         )
     )  # fmt: skip

@@ -17,9 +17,11 @@ def _of_group(weights: jax.Array, group: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def grouped_matmul_xla(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, scales: jax.Array | None) -> jax.Array:
+def grouped_matmul_xla(
+    x: jax.Array, weights: jax.Array, group_sizes: jax.Array, scales: jax.Array | None, first_group: jax.Array | int
+) -> jax.Array:
     """As the op; `scales` [E, groups of columns, out]. As many steps as there are tiles with rows."""
-    rows, (num_groups, out, _) = x.shape[0], weights.shape
+    rows, out, num_groups = x.shape[0], weights.shape[1], len(group_sizes)
     tile = max(min(TILE, -(-2 * rows // num_groups)), 2)
     sizes = group_sizes.astype(jnp.int32)
     tiles = -(-sizes // tile)
@@ -29,7 +31,7 @@ def grouped_matmul_xla(x: jax.Array, weights: jax.Array, group_sizes: jax.Array,
     def step(i: jax.Array, result: jax.Array) -> jax.Array:
         group = jnp.searchsorted(until, i, side="right")
         row = starts[group] + (i - (until[group] - tiles[group])) * tile
-        mine, weight = jax.lax.dynamic_slice_in_dim(x, row, tile), _of_group(weights, group)
+        mine, weight = jax.lax.dynamic_slice_in_dim(x, row, tile), _of_group(weights, first_group + group)
         if scales is None:
             product = _dot(mine, weight)
         else:

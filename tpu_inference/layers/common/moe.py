@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.forms import Implementation
-from tpu_inference.kernels.grouped_matmul import grouped_matmul, implementation_for
+from tpu_inference.kernels.grouped_matmul import grouped_matmul, implementation_for, lies_transposed
 from tpu_inference.layers.common.expert_dispatch import Dispatch
 from tpu_inference.layers.common.sharding import MODEL_AXIS, spec
 
@@ -116,7 +116,7 @@ INTERLEAVED = ("swigluoai",)
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Of E experts, as checkpoints store them: [out, in]."""
+    """Of E experts, as checkpoints store them: [out, in]. Each may have a dimension of layers in front; see `experts`."""
 
     w13: jax.Array
     """[E, 2 width, d]: gate and up (or [E, width, d] where nothing is gated); divided over shards, each has its part of both."""
@@ -143,6 +143,7 @@ def experts(
     sharding: Sharding,
     accumulate_dtype: Any,
     weigh_input: bool = False,
+    layer: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """The weighted sum of what each token's experts make of it: [T, d] in x's dtype.
@@ -156,39 +157,44 @@ def experts(
             (`refuse_uneven_experts`), every device has all tokens, and computes what its own experts make of them.
         accumulate_dtype: in which devices' parts are summed.
         weigh_input: weights go on what experts take in, not on what they give out.
+        layer: int32 scalar, which of the layers' experts these are; None where `parameters` are of one layer.
         implementation: of `grouped_matmul`; None for what the devices of the mesh run.
     """
     form = implementation or implementation_for(mesh.devices.flat[0])
     of_shard = partial(_of_shard, activation=activation, weigh_input=weigh_input, form=form, owns=sharding == "experts")
-    held = {name: array for name, array in vars(parameters).items() if array is not None and name != "b2"}
+    held = {name: array for name, array in vars(parameters).items() if array is not None}
+    if layer is None:
+        held, layer = {name: array[None] for name, array in held.items()}, jnp.int32(0)
+    b2 = held.pop("b2", None)
     if sharding != "whole":
         local, whole = of_shard, PartitionSpec()
         divisions = {name: _division(name, array, sharding) for name, array in held.items()}
         of_shard = jax.shard_map(
             lambda *args: jax.lax.psum(local(*args).astype(accumulate_dtype), MODEL_AXIS),
-            mesh=mesh, in_specs=(whole, whole, whole, divisions), out_specs=whole, check_vma=False,
+            mesh=mesh, in_specs=(whole, whole, whole, whole, divisions), out_specs=whole, check_vma=False,
         )  # fmt: skip
-    out = of_shard(x, weights, ids, held)
-    if parameters.b2 is not None:  # once, not by every device that has a part of the product
+    out = of_shard(x, weights, ids, layer, held)
+    if b2 is not None:  # once, not by every device that has a part of the product
         factors = jnp.ones_like(weights) if weigh_input else weights
-        chosen = (jax.nn.one_hot(ids, len(parameters.b2), dtype=jnp.float32) * factors[..., None]).sum(1)
-        out = out + jnp.matmul(chosen, parameters.b2.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        chosen = (jax.nn.one_hot(ids, b2.shape[1], dtype=jnp.float32) * factors[..., None]).sum(1)
+        out = out + jnp.matmul(chosen, b2[layer].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return out.astype(x.dtype)
 
 
 def _division(name: str, array: jax.Array, sharding: Sharding) -> PartitionSpec:
-    """Of a field of `ExpertWeights`."""
+    """Of a field of `ExpertWeights`, behind the layers."""
     if sharding == "experts":
-        return spec(("experts",))
+        return spec((None, "experts"))
     if name in ("w13", "s13", "b13"):
-        return spec((None, "mlp"))
-    return PartitionSpec() if name == "s2" and array.shape[2] == 1 else spec((None, None, "mlp"))
+        return spec((None, None, "mlp"))
+    return PartitionSpec() if name == "s2" and array.shape[3] == 1 else spec((None, None, None, "mlp"))
 
 
 def _of_shard(
     x: jax.Array,
     weights: jax.Array,
     ids: jax.Array,
+    layer: jax.Array,
     held: dict[str, jax.Array],
     *,
     activation: str,
@@ -197,18 +203,29 @@ def _of_shard(
     owns: bool,
 ) -> jax.Array:
     """What the experts of one device add, float32 [T, d], `held` by names of `ExpertWeights`; `owns`: they are some of all, not a part of each."""
-    num_experts = held["w13"].shape[0]
+    num_experts = held["w13"].shape[1]
     if owns:
         ids = ids - jax.lax.axis_index(MODEL_AXIS) * num_experts
     dispatch = Dispatch.of(ids, num_experts)
     rows = x[dispatch.token]
     if weigh_input:
         rows = rows * weights.reshape(-1)[dispatch.order][:, None].astype(x.dtype)
-    product = partial(grouped_matmul, group_sizes=dispatch.group_sizes, implementation=form)
-    h = product(rows, held["w13"], scales=held.get("s13"))
+
+    def product(x: jax.Array, name: str) -> jax.Array:
+        # All layers' experts, one after the other: none are copied out.
+        weights, scales = (
+            None if y is None else y.reshape(-1, *y.shape[2:]) for y in (held["w" + name], held.get("s" + name))
+        )
+        transposed = form == "pallas" and lies_transposed(*weights.shape[1:])
+        return grouped_matmul(
+            x, weights.swapaxes(1, 2) if transposed else weights, dispatch.group_sizes, scales=scales,
+            first_group=layer * num_experts, transposed=transposed, implementation=form,
+        )  # fmt: skip
+
+    h = product(rows, "13")
     if "b13" in held:
-        h = h + held["b13"][dispatch.expert]
-    y = product(ACTIVATIONS[activation](h), held["w2"], scales=held.get("s2"))
+        h = h + held["b13"][layer, dispatch.expert]
+    y = product(ACTIVATIONS[activation](h), "2")
     # By token again. Those of experts elsewhere are not numbers that anyone computed.
     y = jnp.where(dispatch.here[..., None], y[dispatch.place].astype(jnp.float32), 0)
     return y.sum(1) if weigh_input else (y * weights[..., None]).sum(1)

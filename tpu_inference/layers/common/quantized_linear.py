@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from tpu_inference.kernels.forms import implementation_for
 from tpu_inference.kernels.quantized_matmul import quantized_matmul
 from tpu_inference.layers.common.sharding import LogicalAxes, spec
 
@@ -24,15 +23,15 @@ def quantized_product(
 ) -> jax.Array:
     """`quantized_matmul` of [T, in] with weights [out, in] whose dimensions are named `axes`; parts of sums meet in `accumulate_dtype`.
 
-    Every device multiplies what it has by itself: a kernel is not divided by the compiler, and of int8 activations, each device rounding its own
-    columns, neither maxima nor int32 sums cross the interconnect.
+    Every device multiplies what it has by itself: of int8 activations, each device rounding its own columns, neither maxima nor int32 sums
+    cross the interconnect. In XLA's form, which reads a scanned layer's weights where they lie; a kernel would be given a copy of them.
     """
     rows, columns = spec(axes)
     multiply = partial(
         quantized_matmul,
         activations=activations,
         accumulate_dtype=accumulate_dtype,
-        implementation=implementation_for(mesh.devices.flat[0]),
+        implementation="xla",
     )
     if mesh.size == 1:
         return multiply(x, values, scales)

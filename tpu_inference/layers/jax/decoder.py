@@ -16,7 +16,7 @@ from tpu_inference.layers.common.weights import Source, WeightSpec, map_specs, p
 from tpu_inference.layers.jax.attention import Attention
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.mlp import GatedMLP
-from tpu_inference.layers.jax.moe import MoE
+from tpu_inference.layers.jax.moe import ExpertParam, MoE
 from tpu_inference.layers.jax.norm import RMSNorm
 
 
@@ -32,15 +32,15 @@ class DecoderLayer(nnx.Module):
         self.attention_norms, self.mlp_norms = norms(cfg.names.attention_norms), norms(cfg.names.mlp_norms)
         self.attention, self.mlp = Attention(cfg, ctx), MoE(cfg, ctx) if moe else GatedMLP(cfg, ctx)
 
-    def __call__(self, x: jax.Array, kv_cache: KVCache, layer, meta: AttentionMetadata, rope, window):
-        """Returns (x, kv_cache)."""
+    def __call__(self, x: jax.Array, kv_cache: KVCache, layer, meta: AttentionMetadata, rope, window, in_stack=None):
+        """Returns (x, kv_cache). `layer`: of the model; `in_stack`: of those whose experts are stacked, None where none are."""
         before, *after = self.attention_norms
         y, kv_cache = self.attention(before(x), kv_cache, layer, meta, rope, window)
         for norm in after:
             y = norm(y)
         x = x + y
         before, *after = self.mlp_norms
-        y = self.mlp(before(x))
+        y = self.mlp(before(x), in_stack) if isinstance(self.mlp, MoE) else self.mlp(before(x))
         for norm in after:
             y = norm(y)
         return x + y, kv_cache
@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
 
     def _scan_run(self, run: range, stacked: DecoderLayer, x, kv_cache, meta, ropes):
         window_of_layer = [self.cfg.window_of_layer[i] for i in run]
-        graphdef, state = nnx.split(stacked)
+        graphdef, experts, state = nnx.split(stacked, ExpertParam, ...)
         # What all layers share stays a Python value, so that the op can leave its masks out.
         shared = set(window_of_layer)
         windows = jnp.asarray([w or -1 for w in window_of_layer], jnp.int32)
@@ -110,7 +110,8 @@ class Decoder(nnx.Module):
             state, layer, window, rope = per_layer
             window = window if len(shared) > 1 else window_of_layer[0]
             tables = (cos[rope], sin[rope]) if len(ropes) > 1 else (cos[0], sin[0])
-            return nnx.merge(graphdef, state)(x, kv_cache, layer, meta, tables, window), None
+            module = nnx.merge(graphdef, experts, state)
+            return module(x, kv_cache, layer, meta, tables, window, layer - run.start), None
 
         layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
         return jax.lax.scan(body, (x, kv_cache), (state, layers, windows, rope_of_layer))[0]

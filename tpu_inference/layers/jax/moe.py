@@ -26,6 +26,10 @@ from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.mlp import GatedMLP, in_turns
 
 
+class ExpertParam(nnx.Param):
+    """Of experts. Scanned layers are given all layers' with their own index, since a kernel would get a copy of what a scan cuts out."""
+
+
 class MoE(nnx.Module):
     """The weighted sum of what a token's experts make of it, and of the shared expert where there is one.
 
@@ -101,19 +105,19 @@ class MoE(nnx.Module):
         w2 = WeightSpec((self.hidden, self.width), self.dtype, ("embed", width), down, axis=1, **stack)
         (self.w13, self.s13), (self.w2, self.s2) = (self._quantized(spec, quantization) for spec in (w13, w2))
         biases = self._bias_specs(width, stack)
-        self.b13, self.b2 = (nnx.Param(spec) for spec in biases) if biases else (None, None)
+        self.b13, self.b2 = (ExpertParam(spec) for spec in biases) if biases else (None, None)
 
     def _quantized(self, spec: WeightSpec, quantization: Quantization | None) -> tuple[nnx.Param, nnx.Param | None]:
         """Values and scales, or a weight as it is and None."""
         scheme = quantization and quantization.of_weight(spec.pieces)
         if not scheme:
-            return nnx.Param(spec), None
+            return ExpertParam(spec), None
         if not all("{expert}" in name for name in spec.sources()):
             raise TpuInferenceError(
                 f"{next(iter(spec.sources()))} holds the quantized weights of all experts together: served are tensors of one expert each."
             )
         values, scales = quantized(spec, scheme, self.shards)
-        return nnx.Param(values), nnx.Param(scales)
+        return ExpertParam(values), ExpertParam(scales)
 
     def _bias_specs(self, width: str | None, stack: dict[str, Any]) -> tuple[WeightSpec, WeightSpec] | None:
         names = self.moe.names
@@ -134,8 +138,8 @@ class MoE(nnx.Module):
         logits = matmul(x, router, self.accumulate_dtype)
         return logits if self.router_bias is None else logits + self.router_bias[...]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, hidden] -> [T, hidden]."""
+    def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+        """[T, hidden] -> [T, hidden]; `layer`: int32 scalar, which of the layers whose experts are stacked it is, None where none are."""
         score_bias = None if self.score_bias is None else self.score_bias[...]
         weights, ids = route(self._logits(x), self.moe.routing, score_bias)
         others = (self.b13, self.b2, self.s13, self.s2)
@@ -143,7 +147,7 @@ class MoE(nnx.Module):
         out = experts(
             x, weights, ids, held,
             activation=self.moe.activation, mesh=self.mesh, sharding=self.sharding,
-            accumulate_dtype=self.accumulate_dtype, weigh_input=self.moe.weigh_input,
+            accumulate_dtype=self.accumulate_dtype, weigh_input=self.moe.weigh_input, layer=layer,
         )  # fmt: skip
         if self.shared is None:
             return out
