@@ -20,7 +20,9 @@ def case(rows, out, columns, groups, dtype, x_dtype="bfloat16"):
 
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
-@pytest.mark.parametrize(("rows", "out", "columns", "groups"), [(1, 33, 64, 1), (7, 33, 64, 1), (7, 32, 96, 3)])
+@pytest.mark.parametrize(
+    ("rows", "out", "columns", "groups"), [(1, 33, 64, 1), (7, 33, 64, 1), (7, 32, 96, 3), (7, 33, 384, 3)]
+)
 def test_against_the_reference(rows, out, columns, groups, dtype, x_dtype):
     arguments = case(rows, out, columns, groups, dtype, x_dtype)
     expected = quantized_matmul(*arguments, implementation="reference").astype(jnp.float32)

@@ -80,7 +80,11 @@ def test_kinds(opcode, inside, kind):
     assert kind_of(operation, {"body": inside}) == kind
     if kind == "weight loads":
         assert kind_of(operation, {"body": inside}, written_bytes=1) == "copies"
-    assert kind_of(SimpleNamespace(kind="kernel", opcode="custom-call", called=[]), {}) == "attention"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("paged_decode.3", "attention"), ("grouped_matmul.2", "matmul")])
+def test_kinds_of_kernels(name, kind):
+    assert kind_of(SimpleNamespace(kind="kernel", opcode="custom-call", called=[], name=name), {}) == kind
 
 
 def refuse(message):

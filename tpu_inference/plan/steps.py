@@ -89,8 +89,8 @@ def _inside(module: Any) -> dict[str, set[str]]:
 
 def kind_of(operation: Any, inside: Mapping[str, set[str]], written_bytes: int = 0) -> str:
     """One of KINDS, by what an operation consists of and what it writes to HBM."""
-    if operation.kind == "kernel":
-        return "attention"
+    if operation.kind == "kernel":  # the others multiply by experts
+        return "attention" if base_name(operation.name).startswith("paged") else "matmul"
     opcodes = {operation.opcode}.union(*(inside.get(name, set()) for name in operation.called))
     if opcodes & _MATMULS:
         return "matmul"

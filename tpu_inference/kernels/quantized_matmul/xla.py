@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 from tpu_inference.kernels.quantized_matmul.reference import round_rows
 
+MOST_ROWS_BY_GROUP, LEAST_GROUP = 256, 128
+"""Up to so many rows, groups of so many columns or more are multiplied one by one: cheaper on TPU than to scale the weights."""
+
 
 def _dot(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -27,6 +30,13 @@ def quantized_matmul_xla(
         product = (values.astype(jnp.float32) * x.astype(jnp.float32)).sum(1)[None]
     elif groups == 1:
         product = _dot(x, values.astype(x.dtype), accumulate_dtype)
+    elif x.shape[0] <= MOST_ROWS_BY_GROUP and values.shape[1] // groups >= LEAST_GROUP:
+        size = values.shape[1] // groups
+        product = jnp.zeros((x.shape[0], values.shape[0]), jnp.float32)
+        for group in range(groups):
+            part = slice(group * size, (group + 1) * size)
+            product += _dot(x[:, part], values[:, part].astype(x.dtype), jnp.float32) * scales[:, group]
+        return product.astype(x.dtype)
     else:
         every = jnp.repeat(scales, values.shape[1] // groups, axis=1)
         return _dot(x, (values.astype(jnp.float32) * every).astype(x.dtype), accumulate_dtype).astype(x.dtype)
