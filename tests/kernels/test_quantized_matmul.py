@@ -32,6 +32,18 @@ def test_against_the_reference(rows, out, columns, groups, dtype, x_dtype):
     np.testing.assert_allclose(found, expected, atol=bound)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(7, 96, 3), (7, 384, 3), (300, 256, 2), (7, 64, 1)])
+def test_one_of_several_layers(rows, columns, groups, implementation):
+    x, values, scales = case(rows, 33, columns, groups, "int8")
+    stacked = (jnp.stack([values + 1, values]), jnp.stack([scales * 2, scales]))
+    found = jax.jit(quantized_matmul, static_argnames="implementation")(
+        x, *stacked, layer=jnp.int32(1), implementation=implementation
+    )
+    expected = quantized_matmul(x, values, scales, implementation=implementation)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2, atol=1e-2)
+
+
 def test_rounded_activations_are_summed_exactly():
     arguments = case(5, 33, 64, 1, "int8", "float32")
     expected = quantized_matmul(*arguments, activations="int8", implementation="reference")

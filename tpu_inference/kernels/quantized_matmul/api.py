@@ -30,6 +30,7 @@ def quantized_matmul(
     *,
     activations: str | None = None,
     accumulate_dtype: Any = jnp.float32,
+    layer: jax.Array | None = None,
     implementation: Implementation = "xla",
 ) -> jax.Array:
     """x w^T, where w[o, i] = values[o, i] * scales[o, i // group].
@@ -41,6 +42,8 @@ def quantized_matmul(
         activations: None, or "int8": each row of x is rounded to int8 by its greatest absolute value, and the products are exact sums of int32. Needs
             int8 values and one group.
         accumulate_dtype: of the product before it is scaled, which is what is summed over devices where `in` is divided among them.
+        layer: int32 scalar: values [layers, out, in] and scales [layers, out, groups] have several layers', and this one's are meant; none are
+            copied out where there are groups of `LEAST_GROUP` columns or more.
         implementation: "xla", "reference", "pallas" (TPU) or "pallas_interpret" (any device). The kernel is for float8_e4m3fn weights of one group
             and few rows; "pallas" takes it where `form_of` says so and is the XLA form elsewhere. The kernel reads NaN values as 480.
 
@@ -50,6 +53,13 @@ def quantized_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
+    if layer is not None and implementation == "xla":
+        _check(x, values[0], scales[0], activations, implementation)
+        return quantized_matmul_xla(
+            x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype, layer=layer
+        )
+    if layer is not None:
+        values, scales = (jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in (values, scales))
     _check(x, values, scales, activations, implementation)
     form = form_of(x, values, scales, activations=activations, implementation=implementation)
     if form in _INTERPRET:

@@ -18,10 +18,21 @@ def _dot(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
 
 
 def quantized_matmul_xla(
-    x: jax.Array, values: jax.Array, scales: jax.Array, *, activations: str | None, accumulate_dtype: Any
+    x: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    *,
+    activations: str | None,
+    accumulate_dtype: Any,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
     """See `quantized_matmul`."""
-    groups = scales.shape[1]
+    if layer is None:
+        values, scales, layer = values[None], scales[None], jnp.int32(0)
+    scales, groups, columns = scales[layer], scales.shape[2], values.shape[2]
+    if groups > 1 and x.shape[0] <= MOST_ROWS_BY_GROUP and columns // groups >= LEAST_GROUP:
+        return _by_group(x, values, scales, layer).astype(x.dtype)
+    values = values[layer]
     if activations:
         rounded, row_scales = round_rows(x)
         product = _dot(rounded, values, jnp.int32).astype(jnp.float32) * row_scales
@@ -30,14 +41,19 @@ def quantized_matmul_xla(
         product = (values.astype(jnp.float32) * x.astype(jnp.float32)).sum(1)[None]
     elif groups == 1:
         product = _dot(x, values.astype(x.dtype), accumulate_dtype)
-    elif x.shape[0] <= MOST_ROWS_BY_GROUP and values.shape[1] // groups >= LEAST_GROUP:
-        size = values.shape[1] // groups
-        product = jnp.zeros((x.shape[0], values.shape[0]), jnp.float32)
-        for group in range(groups):
-            part = slice(group * size, (group + 1) * size)
-            product += _dot(x[:, part], values[:, part].astype(x.dtype), jnp.float32) * scales[:, group]
-        return product.astype(x.dtype)
     else:
-        every = jnp.repeat(scales, values.shape[1] // groups, axis=1)
+        every = jnp.repeat(scales, columns // groups, axis=1)
         return _dot(x, (values.astype(jnp.float32) * every).astype(x.dtype), accumulate_dtype).astype(x.dtype)
     return (product.astype(jnp.float32) * scales[:, 0]).astype(x.dtype)
+
+
+def _by_group(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array) -> jax.Array:
+    """float32 [T, out], group by group, each read where it lies in the stack."""
+    (_, out, columns), groups = values.shape, scales.shape[1]
+    size = columns // groups
+    total = jnp.zeros((x.shape[0], out), jnp.float32)
+    for group in range(groups):
+        start = group * size
+        weight = jax.lax.dynamic_slice(values, (layer, 0, start), (1, out, size))[0]
+        total += _dot(x[:, start : start + size], weight.astype(x.dtype), jnp.float32) * scales[:, group]
+    return total

@@ -20,11 +20,13 @@ def quantized_product(
     mesh: Mesh,
     activations: str | None,
     accumulate_dtype: Any,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
     """`quantized_matmul` of [T, in] with weights [out, in] whose dimensions are named `axes`; parts of sums meet in `accumulate_dtype`.
 
     Every device multiplies what it has by itself: of int8 activations, each device rounding its own columns, neither maxima nor int32 sums
-    cross the interconnect. In XLA's form, which reads a scanned layer's weights where they lie; a kernel would be given a copy of them.
+    cross the interconnect. With `layer`, an int32 scalar, values and scales have those of several layers. In XLA's form, which reads a scanned
+    layer's weights where they lie; a kernel would be given a copy of them.
     """
     rows, columns = spec(axes)
     multiply = partial(
@@ -34,17 +36,19 @@ def quantized_product(
         implementation="xla",
     )
     if mesh.size == 1:
-        return multiply(x, values, scales)
+        return multiply(x, values, scales, layer=layer)
 
-    def of_shard(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
-        y = multiply(x, values, scales)
+    def of_shard(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array | None) -> jax.Array:
+        y = multiply(x, values, scales, layer=layer)
         return y if columns is None else jax.lax.psum(y.astype(accumulate_dtype), columns).astype(x.dtype)
 
-    of_groups = columns if scales.shape[1] > 1 else None
+    of_groups, stacked = columns if scales.shape[-1] > 1 else None, () if layer is None else (None,)
     return jax.shard_map(
         of_shard,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, columns), PartitionSpec(rows, columns), PartitionSpec(rows, of_groups)),
+        in_specs=(
+            PartitionSpec(None, columns), PartitionSpec(*stacked, rows, columns), PartitionSpec(*stacked, rows, of_groups), PartitionSpec(),
+        ),
         out_specs=PartitionSpec(None, rows),
         check_vma=False,
-    )(x, values, scales)
+    )(x, values, scales, layer)  # fmt: skip

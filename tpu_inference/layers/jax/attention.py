@@ -71,11 +71,12 @@ class Attention(nnx.Module):
         meta: AttentionMetadata,
         rope: tuple[jax.Array, jax.Array],
         window: Any,
+        in_stack: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """x: [T, hidden]; `rope` cosine and sine [T, ...]; `window` a Python int, None, or traced (<= 0: none)."""
+        """x: [T, hidden]; `rope` cosine and sine [T, ...]; `window` a Python int, None, or traced (<= 0: none); `in_stack` as `Linear` takes it."""
         cfg, plan, tokens = self.cfg, self.heads, x.shape[0]
         per_q, per_kv = plan.num_q_slots // self.shards, plan.num_kv_slots // self.shards
-        qkv = before_split(self.qkv(x)).reshape(tokens, self.shards, -1)
+        qkv = before_split(self.qkv(x, in_stack)).reshape(tokens, self.shards, -1)
         # Cut along the lanes before heads are told apart, as in the MLP.
         ends = (per_q * cfg.head_dim, (per_q + per_kv) * cfg.head_dim)
         q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in jnp.split(qkv, ends, axis=-1))
@@ -87,4 +88,4 @@ class Attention(nnx.Module):
             mesh=self.mesh, scale=cfg.scale, soft_cap=cfg.attention_soft_cap, sliding_window=window,
             sinks=None if self.sinks is None else self.sinks[...],
         )  # fmt: skip
-        return self.o(out.reshape(tokens, -1)), kv_cache
+        return self.o(out.reshape(tokens, -1), in_stack), kv_cache

@@ -15,8 +15,9 @@ from tpu_inference.layers.common.linear import matmul
 from tpu_inference.layers.common.weights import Source, WeightSpec, map_specs, padded
 from tpu_inference.layers.jax.attention import Attention
 from tpu_inference.layers.jax.config import DecoderConfig
+from tpu_inference.layers.jax.linear import StackParam
 from tpu_inference.layers.jax.mlp import GatedMLP
-from tpu_inference.layers.jax.moe import ExpertParam, MoE
+from tpu_inference.layers.jax.moe import MoE
 from tpu_inference.layers.jax.norm import RMSNorm
 
 
@@ -33,14 +34,14 @@ class DecoderLayer(nnx.Module):
         self.attention, self.mlp = Attention(cfg, ctx), MoE(cfg, ctx) if moe else GatedMLP(cfg, ctx)
 
     def __call__(self, x: jax.Array, kv_cache: KVCache, layer, meta: AttentionMetadata, rope, window, in_stack=None):
-        """Returns (x, kv_cache). `layer`: of the model; `in_stack`: of those whose experts are stacked, None where none are."""
+        """Returns (x, kv_cache). `layer`: of the model; `in_stack`: of those whose weights are stacked, None where none are."""
         before, *after = self.attention_norms
-        y, kv_cache = self.attention(before(x), kv_cache, layer, meta, rope, window)
+        y, kv_cache = self.attention(before(x), kv_cache, layer, meta, rope, window, in_stack)
         for norm in after:
             y = norm(y)
         x = x + y
         before, *after = self.mlp_norms
-        y = self.mlp(before(x), in_stack) if isinstance(self.mlp, MoE) else self.mlp(before(x))
+        y = self.mlp(before(x), in_stack)
         for norm in after:
             y = norm(y)
         return x + y, kv_cache
@@ -98,7 +99,7 @@ class Decoder(nnx.Module):
 
     def _scan_run(self, run: range, stacked: DecoderLayer, x, kv_cache, meta, ropes):
         window_of_layer = [self.cfg.window_of_layer[i] for i in run]
-        graphdef, experts, state = nnx.split(stacked, ExpertParam, ...)
+        graphdef, stacks, state = nnx.split(stacked, StackParam, ...)
         # What all layers share stays a Python value, so that the op can leave its masks out.
         shared = set(window_of_layer)
         windows = jnp.asarray([w or -1 for w in window_of_layer], jnp.int32)
@@ -110,7 +111,7 @@ class Decoder(nnx.Module):
             state, layer, window, rope = per_layer
             window = window if len(shared) > 1 else window_of_layer[0]
             tables = (cos[rope], sin[rope]) if len(ropes) > 1 else (cos[0], sin[0])
-            module = nnx.merge(graphdef, experts, state)
+            module = nnx.merge(graphdef, stacks, state)
             return module(x, kv_cache, layer, meta, tables, window, layer - run.start), None
 
         layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)

@@ -13,6 +13,10 @@ from tpu_inference.layers.common.quantized_linear import quantized_product
 from tpu_inference.layers.common.weights import Piece, WeightSpec
 
 
+class StackParam(nnx.Param):
+    """A weight of which scanned layers are given all layers' with their own index, where a product of what a scan cuts out would be one of a copy."""
+
+
 class Linear(nnx.Module):
     """y = x W^T (+ b), W [out, in] assembled from `pieces` along `axis` (0: out, 1: in), and quantized where the context says so."""
 
@@ -32,17 +36,19 @@ class Linear(nnx.Module):
         if scheme:
             weight, scales = quantized(weight, scheme, ctx.shards)
         self.activations = scheme.activations if scheme else None
-        self.weight, self.scales = nnx.Param(weight), nnx.Param(scales) if scales else None
+        kind = StackParam if scales and scales.shape[1] > 1 else nnx.Param
+        self.weight, self.scales = kind(weight), kind(scales) if scales else None
         spec = bias and WeightSpec(shape[:1], ctx.dtype, axes[:1], tuple(bias), init="zeros")
         self.bias = nnx.Param(spec) if spec else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, in] -> [T, out]."""
+    def __call__(self, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+        """[T, in] -> [T, out]. `layer`: which of the layers of a `StackParam`; None where none are stacked."""
         if self.scales is None:
             y = matmul(x, self.weight[...], self.accumulate_dtype)
         else:
             y = quantized_product(
                 x, self.weight[...], self.scales[...], axes=self.axes, mesh=self.mesh,
                 activations=self.activations, accumulate_dtype=self.accumulate_dtype,
+                layer=layer if isinstance(self.weight, StackParam) else None,
             )  # fmt: skip
         return y if self.bias is None else y + self.bias[...]

@@ -61,10 +61,10 @@ class GatedMLP(nnx.Module):
             sources = [Source(name, (size, *inner)) for name in names]
         return in_turns(sources, size, self.width, self.shards)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, hidden] -> [T, hidden]."""
-        both = before_split(self.gate_up(x)).reshape(x.shape[0], self.shards, -1)
+    def __call__(self, x: jax.Array, in_stack: jax.Array | None = None) -> jax.Array:
+        """[T, hidden] -> [T, hidden]; `in_stack` as `Linear` takes it."""
+        both = before_split(self.gate_up(x, in_stack)).reshape(x.shape[0], self.shards, -1)
         # Cut along the lanes, which moves nothing on TPU; a dimension of two of its own would be laid out anew.
         gate, up = jnp.split(both, 2, axis=-1)
         gated = ACTIVATION_FUNCTIONS[self.activation](gate) * up
-        return self.down(gated.reshape(x.shape[0], -1))
+        return self.down(gated.reshape(x.shape[0], -1), in_stack)

@@ -23,11 +23,8 @@ from tpu_inference.layers.common.mxfp4 import Mxfp4Source
 from tpu_inference.layers.common.quantization import Quantization, quantized
 from tpu_inference.layers.common.weights import Piece, Source, TransposedSource, WeightSpec, padded
 from tpu_inference.layers.jax.config import DecoderConfig
+from tpu_inference.layers.jax.linear import StackParam
 from tpu_inference.layers.jax.mlp import GatedMLP, in_turns
-
-
-class ExpertParam(nnx.Param):
-    """Of experts. Scanned layers are given all layers' with their own index, since a kernel would get a copy of what a scan cuts out."""
 
 
 class MoE(nnx.Module):
@@ -105,19 +102,19 @@ class MoE(nnx.Module):
         w2 = WeightSpec((self.hidden, self.width), self.dtype, ("embed", width), down, axis=1, **stack)
         (self.w13, self.s13), (self.w2, self.s2) = (self._quantized(spec, quantization) for spec in (w13, w2))
         biases = self._bias_specs(width, stack)
-        self.b13, self.b2 = (ExpertParam(spec) for spec in biases) if biases else (None, None)
+        self.b13, self.b2 = (StackParam(spec) for spec in biases) if biases else (None, None)
 
     def _quantized(self, spec: WeightSpec, quantization: Quantization | None) -> tuple[nnx.Param, nnx.Param | None]:
         """Values and scales, or a weight as it is and None."""
         scheme = quantization and quantization.of_weight(spec.pieces)
         if not scheme:
-            return ExpertParam(spec), None
+            return StackParam(spec), None
         if not all("{expert}" in name for name in spec.sources()):
             raise TpuInferenceError(
                 f"{next(iter(spec.sources()))} holds the quantized weights of all experts together: served are tensors of one expert each."
             )
         values, scales = quantized(spec, scheme, self.shards)
-        return ExpertParam(values), ExpertParam(scales)
+        return StackParam(values), StackParam(scales)
 
     def _bias_specs(self, width: str | None, stack: dict[str, Any]) -> tuple[WeightSpec, WeightSpec] | None:
         names = self.moe.names
@@ -151,7 +148,7 @@ class MoE(nnx.Module):
         )  # fmt: skip
         if self.shared is None:
             return out
-        shared = self.shared(x)
+        shared = self.shared(x, layer)
         if self.shared_gate is not None:
             shared = shared * jax.nn.sigmoid(matmul(x, self.shared_gate[...], self.accumulate_dtype))
         return out + shared
