@@ -257,8 +257,10 @@ def raise_if_nans(counts: dict[str, int]) -> None:
     """RuntimeError for requests with NaNs, where vLLM's environment asks for it."""
     import vllm.envs
 
-    if vllm.envs.VLLM_RAISE_ON_LOGIT_NANS and any(counts.values()):
-        raise RuntimeError(f"NaNs detected in logits: { {request: n for request, n in counts.items() if n} }")
+    if vllm.envs.VLLM_RAISE_ON_LOGIT_NANS:
+        from vllm.v1.worker.utils import raise_if_nan_logits
+
+        raise_if_nan_logits(counts)
 
 
 def fp8_skips(config: Any, layer: str) -> bool:

@@ -11,6 +11,7 @@ from helpers import quantized_models
 from helpers.engines import engine, tokens
 from helpers.quantized_models import KINDS
 from helpers.tiny_models import prompts
+from tpu_inference.errors import TpuInferenceError
 from tpu_inference.models.common.checkpoint import CheckpointError
 
 COUNT = 24
@@ -144,6 +145,7 @@ _ACT_ORDER = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": T
     [
         (_ACT_ORDER, {}, "desc_act=True"),
         ("int4-group", dict(hf_overrides={"intermediate_size": 128}, tensor_parallel_size=8), "groups of 32 columns"),
+        (None, dict(quantization="int8_per_channel_weight_only"), "experts alone, of a model that has none"),
         (None, dict(quantization="fp8_per_block"), "fp8_per_block.*Served are"),
         (None, dict(quantization="online", quantization_config={"linear": "mxfp4"}), "at load by.*Served are"),
         (
@@ -191,3 +193,12 @@ def test_experts_rounded_at_load(zoo):
         a == b for x, y in zip(answers(zoo("mixtral@even")), found, strict=True) for a, b in zip(x, y, strict=False)
     )
     assert same >= 6
+
+
+def test_experts_of_a_pytorch_class_are_not_left_out_unsaid(zoo):
+    options = dict(dtype="bfloat16", quantization="fp8_per_channel", model_impl="vllm")
+    with (
+        pytest.raises(TpuInferenceError, match="served unquantized only: use --quantization online"),
+        engine(zoo("mixtral@even"), **options),
+    ):
+        pass

@@ -71,7 +71,7 @@ SERVED: dict[str, str] = {
     "reasoning_parser_plugin": "",
     "renderer_num_workers": "",
     "quantization": "see Quantization",
-    "quantization_config": "`linear` and `ignore`, with `--quantization online` or `fp8_per_channel`: see Quantization",
+    "quantization_config": "`linear`, `moe` and `ignore`, with `--quantization online` or `fp8_per_channel`: see Quantization",
     "revision": "",
     "runner": "`auto` or `generate`; others are refused",
     "scheduler_cls": "",

@@ -8,22 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tpu_inference.kernels.forms import implementation_for
 from tpu_inference.kernels.mla.api import mla_attention
 from tpu_inference.kernels.mla.config import Config, ShapeKey
 from tpu_inference.kernels.mla.pages import latent_pages_shape
 from tpu_inference.kernels.mla.pallas import misfit
-from tpu_inference.kernels.ragged_paged_attention.paged import NO_WINDOW
 from tpu_inference.kernels.ragged_paged_attention.pages import storage_dtype
-
-SPARE_PAGES = 1000
-"""In the pool beside those of the rows: XLA would place a small pool in VMEM, where no server has it."""
+from tpu_inference.kernels.ragged_paged_attention.shapes import SPARE_PAGES, PagedBatch
 
 
 @dataclass(frozen=True)
-class LatentShape:
+class LatentShape(PagedBatch):
     """A batch, and the layer that it meets."""
 
     about: str
@@ -39,24 +35,14 @@ class LatentShape:
     """Those that the shape is of interest for; all where empty."""
 
     @property
-    def lengths(self) -> list[int]:
-        return [before + new for before, new in self.rows]
-
-    @property
-    def table_width(self) -> int:
-        """Pages of a row, with one to grow into."""
-        return -(-max(self.lengths) // self.page_size) + 1
-
-    @property
     def useful_bytes(self) -> int:
         """The latent and the rotated key of every row's context, once, without padding."""
         return sum(self.lengths) * (self.kv_lora_rank + self.rope_dim) * jnp.dtype(self.cache_dtype).itemsize
 
     @property
     def useful_flops(self) -> int:
-        """Of both products of the absorbed form, with the keys that causal attention lets each token see."""
-        pairs = sum(new * before + new * (new + 1) // 2 for before, new in self.rows)
-        return 2 * self.num_heads * (2 * self.kv_lora_rank + self.rope_dim) * pairs
+        """Of both products of the absorbed form."""
+        return 2 * self.num_heads * (2 * self.kv_lora_rank + self.rope_dim) * self.pairs
 
     def arguments(self, device: jax.Device) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Of `function`, by position: those of `mla_attention`."""
@@ -93,18 +79,10 @@ class LatentShape:
         return str(form) if reason is None else f"xla ({reason})"
 
     def workload(self, device: jax.Device) -> Mapping[str, Mapping[int, Any]]:
-        """The kernels' scalar-prefetch arguments: their `name=` -> index -> values. Pages lie anywhere in the pool."""
+        """As `schedule.workload` takes it."""
         if self.form(device) != "pallas":
             return {}
-        rows = len(self.rows)
-        decodes = sum(new == 1 for _, new in self.rows)
-        scalars = np.array([decodes, rows, 0, NO_WINDOW])
-        tables = np.random.default_rng(0).permutation(rows * self.table_width)
-        starts = np.concatenate([[0], np.cumsum([new for _, new in self.rows])])
-        decode = (scalars, np.array(self.lengths), tables)
-        prefill = (scalars, np.array(self.lengths), starts, tables)
-        named = {"paged_decode": decode, "paged_write": prefill, "paged_prefill": prefill}
-        return {name: dict(enumerate(values)) for name, values in named.items()}
+        return self.scalar_arguments()
 
 
 _DECODES = ((4095, 1),) * 64

@@ -52,16 +52,57 @@ def attention_pallas(
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `ragged_paged_attention`, for rows of one token before rows of more."""
+    num_heads = q.shape[1]
+    window = jnp.asarray(NO_WINDOW if sliding_window is None else sliding_window, jnp.int32)
+    start = jnp.full(num_heads, FLOOR) if sinks is None else jnp.maximum(sinks.astype(jnp.float32), FLOOR)
+    out, pages = write_and_attend(
+        q, to_planes(k, v, pages), pages, block_tables, seq_lens, query_start_loc, page_offset,
+        jnp.where(window > 0, window, NO_WINDOW), jnp.broadcast_to(start[:, None], (num_heads, LANES)),
+        scale=scale, soft_cap=soft_cap, windowed=sliding_window is not None, config=config, interpret=interpret,
+    )  # fmt: skip
+    return out[..., : q.shape[2]], pages
+
+
+def write_and_attend(
+    q: jax.Array,
+    new: tuple[jax.Array, ...],
+    pages: jax.Array,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_start_loc: jax.Array,
+    page_offset: int | jax.Array,
+    window: int | jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    windowed: bool,
+    config: Any,
+    latent: int | None = None,
+    head_blocks: int = 1,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The three kernels.
+
+    Args:
+        q: [T, num_heads, head_dim].
+        new: [T, num_kv_heads, width], what each plane of `pages` gets.
+        window: sliding window, NO_WINDOW for none; `windowed`: whether it may be one.
+        start: float32 [num_heads, LANES], what the softmax of a head starts from.
+        config: has `decode`, a DecodeConfig, and `prefill`, a PrefillConfig.
+        latent, head_blocks: as `attend_rows` takes them.
+
+    Returns:
+        ([T, num_heads, head_dim in whole lanes], the updated pages).
+    """
     table_width, (num_tokens, num_heads, head_dim) = block_tables.shape[1], q.shape
     lengths = query_start_loc[1:] - query_start_loc[:-1]
     num_decodes = (lengths == 1).sum(dtype=jnp.int32)
-    window = jnp.asarray(NO_WINDOW if sliding_window is None else sliding_window, jnp.int32)
-    window = jnp.where(window > 0, window, NO_WINDOW)
-    scalars = jnp.stack([num_decodes, (lengths > 0).sum(dtype=jnp.int32), jnp.asarray(page_offset, jnp.int32), window])
-    start = jnp.full(num_heads, FLOOR) if sinks is None else jnp.maximum(sinks.astype(jnp.float32), FLOOR)
-    start = jnp.broadcast_to(start[:, None], (num_heads, LANES))
-    q, new = jnp.pad(q, ((0, 0), (0, 0), (0, -head_dim % LANES))), to_planes(k, v, pages)
-    options = dict(head_dim=head_dim, soft_cap=soft_cap, interpret=interpret)
+    scalars = jnp.stack([
+        num_decodes, (lengths > 0).sum(dtype=jnp.int32), jnp.asarray(page_offset, jnp.int32), jnp.asarray(window, jnp.int32)
+    ])  # fmt: skip
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -head_dim % LANES)))
+    options = dict(head_dim=head_dim, soft_cap=soft_cap, latent=latent, interpret=interpret)
     # Rows of one token come first: of each the token is the row's number.
     first = min(num_tokens, block_tables.shape[0])
     decoded, pages = decode_rows(
@@ -79,10 +120,9 @@ def attention_pallas(
     scaled = (q.astype(jnp.float32) * q_factor(scale)).astype(q.dtype)
     attended = attend_rows(
         flat(scaled), pages, *tables, start,
-        num_heads=num_heads, windowed=sliding_window is not None, config=blocks, **options,
+        num_heads=num_heads, windowed=windowed, config=blocks, head_blocks=head_blocks, **options,
     )[:num_tokens]  # fmt: skip
     token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
     attended = jnp.where(token < query_start_loc[-1], attended, 0)  # nobody wrote what no row owns
     decoded = jnp.where(token[:first] < num_decodes, decoded.reshape(first, -1), attended[:first])
-    out = jax.lax.dynamic_update_slice_in_dim(attended, decoded, 0, 0).reshape(num_tokens, num_heads, -1)
-    return out[..., :head_dim], pages
+    return jax.lax.dynamic_update_slice_in_dim(attended, decoded, 0, 0).reshape(num_tokens, num_heads, -1), pages

@@ -25,8 +25,41 @@ def _integers(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
+class PagedBatch:
+    """What follows from `rows`, (tokens before this step, tokens of this step) each, and `page_size`."""
+
+    rows: tuple[tuple[int, int], ...]
+    page_size: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [before + new for before, new in self.rows]
+
+    @property
+    def table_width(self) -> int:
+        """Pages of a row, with one to grow into."""
+        return -(-max(self.lengths) // self.page_size) + 1
+
+    @property
+    def pairs(self) -> int:
+        """Of a token and a key that causal attention lets it see."""
+        return sum(new * before + new * (new + 1) // 2 for before, new in self.rows)
+
+    def scalar_arguments(self) -> Mapping[str, Mapping[int, Any]]:
+        """The kernels' scalar-prefetch arguments: their `name=` -> index -> values. Pages lie anywhere in the pool."""
+        rows = len(self.rows)
+        decodes = sum(new == 1 for _, new in self.rows)
+        scalars = np.array([decodes, rows, 0, NO_WINDOW])
+        tables = np.random.default_rng(0).permutation(rows * self.table_width)
+        starts = np.concatenate([[0], np.cumsum([new for _, new in self.rows])])
+        decode = (scalars, np.array(self.lengths), tables)
+        prefill = (scalars, np.array(self.lengths), starts, tables)
+        named = {"paged_decode": decode, "paged_write": prefill, "paged_prefill": prefill}
+        return {name: dict(enumerate(values)) for name, values in named.items()}
+
+
 @dataclass(frozen=True)
-class AttentionShape:
+class AttentionShape(PagedBatch):
     """A batch, and the layer that it meets."""
 
     about: str
@@ -42,24 +75,14 @@ class AttentionShape:
     """Those that the shape is of interest for; all where empty."""
 
     @property
-    def lengths(self) -> list[int]:
-        return [before + new for before, new in self.rows]
-
-    @property
-    def table_width(self) -> int:
-        """Pages of a row, with one to grow into."""
-        return -(-max(self.lengths) // self.page_size) + 1
-
-    @property
     def useful_bytes(self) -> int:
         """K and V of every row's context, once."""
         return sum(self.lengths) * 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.cache_dtype).itemsize
 
     @property
     def useful_flops(self) -> int:
-        """Of both products, with the keys that causal attention lets each token see."""
-        pairs = sum(new * before + new * (new + 1) // 2 for before, new in self.rows)
-        return 4 * self.num_heads * self.head_dim * pairs
+        """Of both products."""
+        return 4 * self.num_heads * self.head_dim * self.pairs
 
     def arguments(self, device: jax.Device) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Of `function`, by position: q, k and v as projections make them, [tokens, heads x head_dim]; then those of `ragged_paged_attention`."""
@@ -100,18 +123,10 @@ class AttentionShape:
         return str(form) if reason is None else f"xla ({reason})"
 
     def workload(self, device: jax.Device) -> Mapping[str, Mapping[int, Any]]:
-        """The kernels' scalar-prefetch arguments: their `name=` -> index -> values. Pages lie anywhere in the pool."""
+        """As `schedule.workload` takes it."""
         if self.form(device) != "pallas":
             return {}
-        rows = len(self.rows)
-        decodes = sum(new == 1 for _, new in self.rows)
-        scalars = np.array([decodes, rows, 0, NO_WINDOW])
-        tables = np.random.default_rng(0).permutation(rows * self.table_width)
-        starts = np.concatenate([[0], np.cumsum([new for _, new in self.rows])])
-        decode = (scalars, np.array(self.lengths), tables)
-        prefill = (scalars, np.array(self.lengths), starts, tables)
-        named = {"paged_decode": decode, "paged_write": prefill, "paged_prefill": prefill}
-        return {name: dict(enumerate(values)) for name, values in named.items()}
+        return self.scalar_arguments()
 
 
 def _decodes(rows: int, context: int) -> tuple[tuple[int, int], ...]:

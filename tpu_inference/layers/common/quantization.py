@@ -156,6 +156,13 @@ class Quantization:
     """How those of gpt-oss are stored: they are dequantized as they are read."""
     scheme_of_experts: Callable[[str], Scheme | None] | None = None
     """Of a matrix of an expert; None: as `scheme_of` says."""
+    experts_alone: bool = False
+    """Whether no other layer is quantized."""
+
+    @property
+    def of_experts(self) -> Callable[[str], Scheme | None]:
+        """Of the name of an expert's matrix."""
+        return self.scheme_of if self.scheme_of_experts is None else self.scheme_of_experts
 
     def of_weight(self, pieces: tuple[Piece, ...]) -> Scheme | None:
         """The one scheme of what a weight is assembled from, in every layer.
@@ -165,7 +172,7 @@ class Quantization:
         """
         names = {piece.source.name.removesuffix(".weight") for piece in pieces if piece.source is not None}
         of_expert = any("{expert}" in name for name in names)
-        ask = self.scheme_of_experts if of_expert and self.scheme_of_experts is not None else self.scheme_of
+        ask = self.of_experts if of_expert else self.scheme_of
         found = [name.format(layer=i, expert=0) for name in names for i in range(self.num_layers)]
         schemes = {name: ask(name) for name in found}
         if len(set(schemes.values())) > 1:
@@ -173,7 +180,7 @@ class Quantization:
             raise TpuInferenceError(
                 "Layers of one kind are quantized in different ways: "
                 + ", ".join(f"{name} by {scheme and scheme.dtype}" for scheme, name in by_scheme.items())
-                + ". Use a checkpoint in which all layers are alike, or --model-impl vllm with an unquantized one."
+                + ". Use a checkpoint in which all layers are alike."
             )
         return next(iter(schemes.values()), None)
 
@@ -226,5 +233,9 @@ def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:
     if any(n % size for n in whole):
         raise TpuInferenceError(
             f"{name} is quantized in groups of {size} columns, which {spec.shape[1]} columns on {shards} devices are not divided into: "
-            "use a smaller --tensor-parallel-size."
+            + (
+                "use a smaller --tensor-parallel-size."
+                if shards > 1
+                else "use a checkpoint with groups that divide them."
+            )
         )

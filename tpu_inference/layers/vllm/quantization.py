@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from tpu_inference.errors import TpuInferenceError
-from tpu_inference.layers.common.quantization import Scheme, rounded, scales_of_rows
+from tpu_inference.layers.common.quantization import Quantization, Scheme, rounded, scales_of_rows
 from tpu_inference.layers.common.sharding import LogicalAxes
 from tpu_inference.layers.vllm.placement import placements
 
@@ -48,10 +48,11 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 class TpuQuantizationConfig(QuantizationConfig):
     """What vLLM's layers ask, while they are built, how they are quantized."""
 
-    def __init__(self, scheme_of: Callable[[str], Scheme | None], apply_mapper: Callable[[Any], None]) -> None:
-        """`scheme_of` answers for names as the checkpoint has them, or as vLLM's modules have them once `apply_mapper` was called."""
+    def __init__(self, quantization: Quantization, apply_mapper: Callable[[Any], None]) -> None:
+        """`quantization` answers for names as the checkpoint has them, or as vLLM's modules have them once `apply_mapper` was called."""
         super().__init__()
-        self._scheme_of, self._apply_mapper = scheme_of, apply_mapper
+        self._scheme_of, self._of_experts = quantization.scheme_of, quantization.of_experts
+        self._apply_mapper = apply_mapper
 
     def get_name(self) -> str:
         return "tpu"
@@ -75,14 +76,19 @@ class TpuQuantizationConfig(QuantizationConfig):
         self._apply_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Raises TpuInferenceError for experts that the checkpoint has quantized, and for a layer made of several that are stored differently."""
+        """Raises TpuInferenceError for quantized experts, and for a layer made of several that are stored differently."""
         if isinstance(layer, RoutedExperts):
-            scheme = self._scheme_of(f"{prefix}.0.gate_proj")
-            if scheme is not None and not scheme.at_load:
-                raise TpuInferenceError(
-                    f"{prefix} is quantized: experts are served unquantized only. Use a checkpoint whose experts are not quantized."
-                )
-            return None
+            if (scheme := self._of_experts(f"{prefix}.0.gate_proj")) is None:
+                return None
+            advice = (
+                """use --quantization online with --quantization-config '{"linear": ...}' alone"""
+                if scheme.at_load
+                else "use a checkpoint whose experts are not quantized"
+            )
+            raise TpuInferenceError(
+                f"{prefix} would be quantized, and experts of vLLM's PyTorch classes are served unquantized only: "
+                f"{advice}, or a model with a JAX class."
+            )
         if not isinstance(layer, LinearBase):
             return None
         scheme = self._scheme(prefix)

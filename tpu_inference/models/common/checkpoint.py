@@ -4,6 +4,7 @@
 import json
 import zipfile
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,18 @@ class _SafetensorsFile:
             return self._read_bytes(name, index).view(kept)
         return self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
 
+    @cached_property
+    def _torch_file(self) -> Any:
+        from safetensors import safe_open
+
+        return safe_open(self._path, framework="pt")
+
     def _read_bytes(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Of types that safetensors knows in torch alone."""
         import torch
-        from safetensors import safe_open
 
-        with safe_open(self._path, framework="pt") as file:
-            tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+        file = self._torch_file
+        tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
         return tensor.contiguous().view(torch.uint8).numpy()
 
 

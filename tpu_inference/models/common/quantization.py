@@ -25,8 +25,8 @@ SERVED = (
 TABLE = (
     "fp8 checkpoints with a scale a tensor or a block; compressed-tensors of int8 (W8A8, W8A16), fp8 (W8A8, W8A16) and "
     "int4 (W4A16); AWQ of 4 bits with zero points; GPTQ of 4 and 8 bits, symmetric and without desc_act; MXFP4 of gpt-oss's experts; "
-    "and at load --quantization fp8_per_channel, or --quantization online with --quantization-config "
-    """'{"linear": "int8_per_channel_static"}' or '{"linear": "fp8_per_channel_static"}'"""
+    "and at load --quantization fp8_per_channel, int8_per_channel_weight_only (of experts), or online with --quantization-config "
+    """'{"linear": "int8_per_channel_static"}', "moe" for experts, or "fp8_per_channel_static"; experts by JAX classes alone"""
 )
 _UNREAD = (".input_scale", ".k_scale", ".v_scale", ".weight_shape", ".g_idx", ".qzeros")
 _FP8 = "float8_e4m3fn"
@@ -52,8 +52,10 @@ def quantization_of(vllm_config: Any) -> Quantization | None:
     if name not in _READERS:
         raise QuantizationError(f"The quantization {name!r}")
     layers, read = vllm_config.model_config.hf_text_config.num_hidden_layers, _READERS[name]
-    of_experts = read(config, experts=True) if read is _online else None
-    return Quantization(read(config), layers, _UNREAD, "mxfp4" if name == MXFP4 else None, of_experts)
+    if read is _online:
+        alone = config.args.linear is None
+        return Quantization(read(config), layers, scheme_of_experts=read(config, experts=True), experts_alone=alone)
+    return Quantization(read(config), layers, _UNREAD, "mxfp4" if name == MXFP4 else None)
 
 
 def _fp8(config: Any) -> Callable[[str], Scheme | None]:

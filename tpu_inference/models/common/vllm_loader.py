@@ -45,8 +45,12 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
 def refuse_quantization(vllm_config: VllmConfig) -> None:
     """Raises QuantizationError for a quantization that is not served, or not by the class that serves the model."""
     quantization = quantization_of(vllm_config)
-    if quantization is not None and quantization.experts and implementation(vllm_config).kind == "vllm":
+    if quantization is None:
+        return
+    if quantization.experts and implementation(vllm_config).kind == "vllm":
         raise QuantizationError(f"{quantization.experts.upper()} of experts in vLLM's PyTorch class")
+    if quantization.experts_alone and not vllm_config.model_config.is_moe:
+        raise QuantizationError("Quantization of experts alone, of a model that has none,")
 
 
 def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:

@@ -180,8 +180,7 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
         # Names are those of vLLM's modules there, and of the checkpoint in the configuration as it is.
         asked = copy.copy(alone)
         asked.quant_config = copy.deepcopy(vllm_config.quant_config)
-        scheme_of = quantization_of(asked).scheme_of
-        alone.quant_config = TpuQuantizationConfig(scheme_of, asked.quant_config.apply_vllm_mapper)
+        alone.quant_config = TpuQuantizationConfig(quantization_of(asked), asked.quant_config.apply_vllm_mapper)
     return alone
 
 
