@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Implementation, chip_of
@@ -66,8 +67,13 @@ def grouped_matmul(
 
 
 def lies_transposed(out: int, columns: int) -> bool:
-    """Whether an array [..., out, columns] lies on TPU as [..., columns, out]: the last dimension is padded to lanes, where the one before is not."""
-    return columns % LANES != 0 and out % LANES == 0
+    """Whether an array [..., out, columns] lies on TPU as [..., columns, out]: where that takes less padding, of the last dimension to lanes and of
+    the one before to tiles of eight rows."""
+
+    def padded(rows: int, lanes: int) -> int:
+        return pl.cdiv(rows, 8) * 8 * pl.cdiv(lanes, LANES) * LANES
+
+    return padded(columns, out) < padded(out, columns)
 
 
 def _by_output(scales: jax.Array, out: int) -> jax.Array:
