@@ -45,8 +45,8 @@ class GroupedShape:
 
     @property
     def rows(self) -> int:
-        """Of x: those of local experts, to whole tiles."""
-        return -(-int(self.group_sizes.sum()) // 128) * 128
+        """Of x, those of experts elsewhere among them, as the layer has it."""
+        return self.tokens * self.top_k
 
     @property
     def useful_bytes(self) -> int:
@@ -94,7 +94,7 @@ class GroupedShape:
         form = implementation_for(device)
         if form != "pallas":
             return {}
-        config = config_for(self.key(), form.chip).within(self.rows, self.out, self.dtype)
+        config = config_for(self.key(), form.chip).within(self.key(), self.rows)
         values = units(self.group_sizes, -(-self.rows // config.block_rows), config.block_rows, np)
         return {NAME: dict(enumerate(values))}
 
