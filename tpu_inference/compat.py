@@ -78,15 +78,16 @@ def require_safetensors(model_config: Any, load_config: Any) -> None:
         )
 
 
-def declare_architecture(architecture: str) -> None:
-    """Tell vLLM that `architecture` exists and generates text, unless it has a class of its own for it.
+def declare_architecture(architecture: str, *, replace: bool = False) -> None:
+    """Tell vLLM that `architecture` exists and generates text, unless it has a class of its own for it, which is not to be replaced.
 
     vLLM asks its registry what a model can do before any worker starts, by looking at a PyTorch class; ours is never built.
     """
     import torch
     from vllm import ModelRegistry
 
-    if architecture in ModelRegistry.get_supported_archs():
+    known = architecture in ModelRegistry.get_supported_archs()
+    if known and not replace:
         return
 
     class ServedByJax(torch.nn.Module):

@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "qwen2-moe": "Qwen2MoeForCausalLM",
     "qwen3-moe": "Qwen3MoeForCausalLM",
     "gpt-oss": "GptOssForCausalLM",
+    "llama4": "Llama4ForCausalLM",
 }
 
 
@@ -75,6 +76,7 @@ def programs(
         *((name, topology) for name in ("llama", "gemma3") for topology in ("v6e:2x2", "v5e:2x2")),
         ("qwen2-moe", "v5e:2x2"),
         ("gpt-oss", "v6e:2x2"),
+        ("llama4", "v6e:2x2"),
     ],
 )
 def test_forward_compiles_with_the_cache_in_place(name, topology):

@@ -66,6 +66,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=_FULL_YARN,
         ),
     ),
+    # Chunks that prompts go past, layers without positions, and experts in every other layer.
+    "llama4": (
+        "Llama4TextConfig",
+        dict(
+            num_local_experts=8,
+            num_experts_per_tok=1,
+            intermediate_size=43,
+            intermediate_size_mlp=101,
+            interleave_moe_layer_step=2,
+            no_rope_layers=[1, 0, 1],
+            attention_chunk_size=16,
+            floor_scale=8,
+            rope_parameters=_LLAMA3,
+        ),
+    ),
 }
 """Name -> (class of transformers' config, what differs from the common shape)."""
 _EIGHT = dict(num_attention_heads=8, num_key_value_heads=2)

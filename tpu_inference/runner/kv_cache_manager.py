@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 import torch
 from jax.sharding import Mesh
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
+from tpu_inference.layers.common.attention_metadata import check_chunk
 from tpu_inference.layers.common.sharding import named_sharding
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
@@ -27,6 +34,9 @@ def kv_cache_specs(model: ModelFunctions, block_size: int, dtype: torch.dtype) -
     def spec(layer: AttentionLayer) -> KVCacheSpec:
         _, planes, heads, _, width = kv_pages_shape(1, block_size, layer.num_kv_heads, layer.head_dim, model.platform)
         common = dict(block_size=block_size, num_kv_heads=heads, head_size=planes * width // 2, dtype=dtype)
+        if layer.chunk is not None:
+            check_chunk(layer.chunk, block_size)
+            return ChunkedLocalAttentionSpec(**common, attention_chunk_size=layer.chunk)
         if layer.sliding_window is None:
             return FullAttentionSpec(**common)
         return SlidingWindowSpec(**common, sliding_window=layer.sliding_window)

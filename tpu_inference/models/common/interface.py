@@ -18,6 +18,8 @@ class AttentionLayer:
     num_kv_heads: int
     """KV heads in the cache over all devices, copies and padding included."""
     head_dim: int
+    chunk: int | None = None
+    """Tokens of a chunk that attention stays within."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,12 @@ _MODELS: dict[str, str] = {
     "Qwen2MoeForCausalLM": f"{_HERE}.qwen_moe:Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM": f"{_HERE}.qwen_moe:Qwen3MoeForCausalLM",
     "GptOssForCausalLM": f"{_HERE}.gpt_oss:GptOssForCausalLM",
+    "Llama4ForCausalLM": f"{_HERE}.llama4:Llama4ForCausalLM",
+    "Llama4ForConditionalGeneration": f"{_HERE}.llama4:Llama4ForConditionalGeneration",
 }
+
+TEXT_ONLY = ("Llama4ForConditionalGeneration",)
+"""Architectures of `_MODELS` that take images too, and are served without."""
 
 Kind = Literal["flax_nnx", "vllm"]
 
@@ -74,6 +79,12 @@ def register_model(architecture: str, target: str) -> None:
         raise ValueError(f"target={target!r} must be 'package.module:Class'")
     _MODELS[architecture] = target
     declare_architecture(architecture)
+
+
+def declare_text_only() -> None:
+    """Tell vLLM that the architectures of `TEXT_ONLY` take text: it refuses requests with images, and asks for no processor of them."""
+    for architecture in TEXT_ONLY:
+        declare_architecture(architecture, replace=True)
 
 
 def find_architecture(architectures: list[str] | None) -> str:

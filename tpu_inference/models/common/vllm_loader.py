@@ -120,6 +120,7 @@ def _checked_checkpoint(vllm_config: VllmConfig, module: Decoder) -> Checkpoint:
         specs,
         tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None,
         unread=quantization.unread if quantization else (),
+        others=names.unread,
     )
     return checkpoint
 
