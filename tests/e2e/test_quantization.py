@@ -121,11 +121,18 @@ def spoil(name, change):
     return apply
 
 
+def with_nan(values):
+    """One of the values, negative, is no number."""
+    values[1, 3] = -float("nan")
+    return values
+
+
 @pytest.mark.parametrize("impl", ["auto", "vllm"])
 def test_scales_that_are_missing_or_no_numbers_are_named_together(quantized, impl):
     def change(tensors):
         spoil("layers.1.self_attn.k_proj.weight_scale_inv", lambda scales: None)(tensors)
         spoil("layers.2.mlp.down_proj.weight_scale_inv", lambda scales: scales * float("nan"))(tensors)
+        spoil("layers.0.mlp.up_proj.weight", with_nan)(tensors)
 
     made, _ = quantized("fp8-block", change=change)
     with pytest.raises(CheckpointError) as caught, engine(made, dtype="bfloat16", model_impl=impl):
@@ -133,8 +140,22 @@ def test_scales_that_are_missing_or_no_numbers_are_named_together(quantized, imp
     problems = sorted(caught.value.problems)
     assert any("missing: model.layers.1.self_attn.k_proj.weight_scale_inv" in problem for problem in problems)
     assert any("not finite: model.layers.2.mlp.down_proj.weight_scale_inv" in problem for problem in problems)
+    assert any("not a number: model.layers.0.mlp.up_proj.weight" in problem for problem in problems)
     if impl == "auto":
-        assert len(problems) == 2
+        assert len(problems) == 3
+
+
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
+def test_values_that_are_no_numbers_are_named_together(quantized, impl):
+    def change(tensors):
+        spoil("layers.0.self_attn.q_proj.weight", with_nan)(tensors)
+        spoil("layers.2.mlp.down_proj.weight", with_nan)(tensors)
+
+    made, _ = quantized("fp8-tensor", change=change)
+    with pytest.raises(CheckpointError) as caught, engine(made, dtype="bfloat16", model_impl=impl):
+        pass
+    assert len(caught.value.problems) == 2
+    assert all("self_attn.q_proj.weight" in p or "down_proj.weight" in p for p in caught.value.problems)
 
 
 _ACT_ORDER = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}

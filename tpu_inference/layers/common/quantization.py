@@ -7,10 +7,11 @@ the sources below turn what is read into rows.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
@@ -21,6 +22,7 @@ Read = Callable[..., np.ndarray]
 GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """Of values that weights are rounded to at load."""
 _ROWS_AT_A_TIME = 1024
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class ScaleSource(Source):
         return np.repeat(wanted, self.rows_of_entry, axis=0)[start : start + rows.stop - rows.start]
 
 
+def has_nan_bytes(values: np.ndarray) -> bool:
+    """Whether values of e4m3 are no numbers: kernels read those bytes as numbers."""
+    return values.dtype == _E4M3 and bool(((values.view(np.uint8) & 0x7F) == 0x7F).any())
+
+
 def scales_of_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
     """float32 [rows, 1]: what the greatest value of `dtype` means in each row."""
     return np.abs(weight.astype(np.float32)).max(axis=1, keepdims=True) / GREATEST[dtype]
@@ -55,6 +62,17 @@ def rounded(weight: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
     return (np.rint(values) if dtype == "int8" else values).astype(np.dtype(dtype))
 
 
+def rounded_rows(
+    read: Callable[[slice], np.ndarray], rows: slice, dtype: str
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(rows, scales [n, 1], values [n, columns]) of a weight that `read` reads whole rows of, so many at a time that little memory is taken."""
+    for start in range(rows.start, rows.stop, _ROWS_AT_A_TIME):
+        part = slice(start, min(start + _ROWS_AT_A_TIME, rows.stop))
+        whole = read(part)
+        scales = scales_of_rows(whole, dtype)
+        yield part, scales, rounded(whole, scales, dtype)
+
+
 @dataclass(frozen=True)
 class _RoundedAtLoad(Source):
     """Of a weight that the checkpoint has in full. A row's scale is that of the whole row, whichever part of it is asked for."""
@@ -64,12 +82,9 @@ class _RoundedAtLoad(Source):
 
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
-        parts = []
-        for start in range(rows.start, rows.stop, _ROWS_AT_A_TIME):
-            whole = read(name, (slice(start, min(start + _ROWS_AT_A_TIME, rows.stop)), slice(0, self.shape[1])))
-            scales = scales_of_rows(whole, self.dtype)
-            parts.append(scales if self.wants_scales else rounded(whole[:, columns], scales, self.dtype))
-        return np.concatenate(parts)
+        whole = slice(0, self.shape[1])
+        parts = rounded_rows(lambda part: read(name, (part, whole)), rows, self.dtype)
+        return np.concatenate([scales if self.wants_scales else values[:, columns] for _, scales, values in parts])
 
 
 @dataclass(frozen=True)

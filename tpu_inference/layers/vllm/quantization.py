@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -17,13 +18,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from tpu_inference.errors import TpuInferenceError
-from tpu_inference.layers.common.quantization import Quantization, Scheme, rounded, scales_of_rows
+from tpu_inference.layers.common.quantization import Quantization, Scheme, rounded_rows
 from tpu_inference.layers.common.sharding import LogicalAxes
+from tpu_inference.layers.vllm.attention import CacheScalesMethod
 from tpu_inference.layers.vllm.placement import placements
 
 VALUES, SCALES = "weight", "weight_scale"
 """Names of the parameters of every quantized layer."""
-_ROWS_AT_A_TIME = 1024
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -48,11 +49,15 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 class TpuQuantizationConfig(QuantizationConfig):
     """What vLLM's layers ask, while they are built, how they are quantized."""
 
-    def __init__(self, quantization: Quantization, apply_mapper: Callable[[Any], None]) -> None:
-        """`quantization` answers for names as the checkpoint has them, or as vLLM's modules have them once `apply_mapper` was called."""
+    def __init__(
+        self, quantization: Quantization, apply_mapper: Callable[[Any], None], *, cache_scales: bool = False
+    ) -> None:
+        """`cache_scales`: whether attention layers have scales of the KV cache.
+
+        `quantization` answers for names as the checkpoint has them, or as vLLM's modules have them once `apply_mapper` was called."""
         super().__init__()
         self._scheme_of, self._of_experts = quantization.scheme_of, quantization.of_experts
-        self._apply_mapper = apply_mapper
+        self._apply_mapper, self._cache_scales = apply_mapper, cache_scales
 
     def get_name(self) -> str:
         return "tpu"
@@ -89,6 +94,8 @@ class TpuQuantizationConfig(QuantizationConfig):
                 f"{prefix} would be quantized, and experts of vLLM's PyTorch classes are served unquantized only: "
                 f"{advice}, or a model with a JAX class."
             )
+        if isinstance(layer, Attention):
+            return CacheScalesMethod(self) if self._cache_scales else None
         if not isinstance(layer, LinearBase):
             return None
         scheme = self._scheme(prefix)
@@ -148,11 +155,9 @@ class QuantizedLinearMethod(LinearMethodBase):
 
         def rounding(parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
             scales, values = torch.empty(loaded.shape[0], 1), torch.empty(loaded.shape, dtype=parameter.dtype)
-            for start in range(0, loaded.shape[0], _ROWS_AT_A_TIME):
-                part = slice(start, start + _ROWS_AT_A_TIME)
-                whole = to_numpy(loaded[part])
-                of_rows = scales_of_rows(whole, dtype)
-                scales[part], values[part] = to_torch(of_rows), to_torch(rounded(whole, of_rows, dtype))
+            rows = slice(0, loaded.shape[0])
+            for part, of_rows, rounded in rounded_rows(lambda part: to_numpy(loaded[part]), rows, dtype):
+                scales[part], values[part] = to_torch(of_rows), to_torch(rounded)
             held = getattr(layer, SCALES)
             held.weight_loader(held, scales, *args, **kwargs)
             load(parameter, values, *args, **kwargs)
