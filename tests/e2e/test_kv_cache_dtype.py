@@ -10,7 +10,7 @@ import torch
 
 from helpers import quantized_models
 from helpers.engines import engine as any_engine
-from helpers.engines import generate, greedy_params, tokens
+from helpers.engines import likeness, of_prompts, tokens
 from helpers.tiny_models import prompts
 from tpu_inference.models.common.checkpoint import CheckpointError
 
@@ -22,23 +22,6 @@ IMPLEMENTATIONS = ["auto", pytest.param("vllm", marks=pytest.mark.slow)]
 
 def runner(llm):
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-
-
-def of_prompts(llm):
-    """The log probability of each token of the prompts, which are read in chunks of 16."""
-    outputs = generate(llm, prompts(8), greedy_params(1, prompt_logprobs=0))
-    return np.array(
-        [
-            entry[token].logprob
-            for out in outputs
-            for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True)
-        ]
-    )
-
-
-def likeness(expected, found):
-    """Of log probabilities: 1 where they are alike, near 0 where they have nothing to do with each other."""
-    return np.corrcoef(expected, found)[0, 1]
 
 
 @pytest.fixture(scope="module")

@@ -148,18 +148,20 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """By name: how weights of linear layers are stored, and what config.json says of it."""
 _FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-WITH_CACHE = {
+MORE_KINDS = {
     "fp8-channel-cache": KINDS["fp8-channel"]
-    | {"config": KINDS["fp8-channel"]["config"] | {"kv_cache_scheme": _FP8_CACHE}}
+    | {"config": KINDS["fp8-channel"]["config"] | {"kv_cache_scheme": _FP8_CACHE}},
+    "fp8-block-128": KINDS["fp8-block"]
+    | {"block": (128, 128), "config": KINDS["fp8-block"]["config"] | {"weight_block_size": [128, 128]}},
 }
-"""A checkpoint that asks for a KV cache of its own."""
+"""A checkpoint that asks for a KV cache of its own; blocks as published ones have, which tiny matrices on several devices cut."""
 
 
 def save(
     path: str, kind: str, directory: Path, change: Callable[[Tensors], None] = lambda tensors: None
 ) -> tuple[str, str]:
     """(the checkpoint at `path` quantized, its twin). `change` may spoil the tensors before they are written."""
-    how = {**KINDS, **WITH_CACHE}[kind]
+    how = {**KINDS, **MORE_KINDS}[kind]
     made = directory / f"{Path(path).name}-{kind}", directory / f"{Path(path).name}-{kind}-twin"
     quantized: Tensors = {}
     twin: Tensors = {}

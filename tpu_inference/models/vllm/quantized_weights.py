@@ -8,7 +8,8 @@ import torch
 
 from tpu_inference.layers.common.quantization import Quantization, Scheme, has_nan_bytes
 from tpu_inference.layers.common.weights import Source
-from tpu_inference.layers.vllm.quantization import SCALES, VALUES, to_numpy, to_torch
+from tpu_inference.layers.vllm.quantization import SCALES, VALUES
+from tpu_inference.layers.vllm.rounding import to_numpy, to_torch
 from tpu_inference.models.common.checkpoint import nan_problem
 from tpu_inference.models.common.loader import wrong_scales
 

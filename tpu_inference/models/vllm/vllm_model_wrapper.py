@@ -49,7 +49,7 @@ from tpu_inference.models.vllm.weights import DeviceState, State, register_loose
 
 logger = init_logger(__name__)
 CACHE_SCALES_NAMES = re.compile(r"\.[kv]_scale$")
-SCALES_NAMES = re.compile(rf"\.{SCALES}({DIVIDED}|{WHOLE})?$")
+SCALES_NAMES = re.compile(rf"[._]{SCALES}({DIVIDED}|{WHOLE})?$")
 
 
 class TracedModule:
@@ -186,6 +186,8 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
         alone.quant_config = TpuQuantizationConfig(
             quantization_of(asked),
             asked.quant_config.apply_vllm_mapper,
+            shards=vllm_config.parallel_config.tensor_parallel_size,
+            expert_parallel=vllm_config.parallel_config.enable_expert_parallel,
             cache_scales=quantized_cache_dtype(vllm_config) is not None,
         )
     return alone
