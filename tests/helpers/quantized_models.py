@@ -147,18 +147,27 @@ KINDS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 """By name: how weights of linear layers are stored, and what config.json says of it."""
+_FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+MORE_KINDS = {
+    "fp8-channel-cache": KINDS["fp8-channel"]
+    | {"config": KINDS["fp8-channel"]["config"] | {"kv_cache_scheme": _FP8_CACHE}},
+    "fp8-block-128": KINDS["fp8-block"]
+    | {"block": (128, 128), "config": KINDS["fp8-block"]["config"] | {"weight_block_size": [128, 128]}},
+}
+"""A checkpoint that asks for a KV cache of its own; blocks as published ones have, which tiny matrices on several devices cut."""
 
 
 def save(
     path: str, kind: str, directory: Path, change: Callable[[Tensors], None] = lambda tensors: None
 ) -> tuple[str, str]:
     """(the checkpoint at `path` quantized, its twin). `change` may spoil the tensors before they are written."""
+    how = {**KINDS, **MORE_KINDS}[kind]
     made = directory / f"{Path(path).name}-{kind}", directory / f"{Path(path).name}-{kind}-twin"
     quantized: Tensors = {}
     twin: Tensors = {}
     for name, tensor in load_file(Path(path) / "model.safetensors").items():
         if LINEAR.search(name):
-            stored, meant = _quantize(name, tensor.float(), KINDS[kind])
+            stored, meant = _quantize(name, tensor.float(), how)
             quantized |= {key: value.contiguous() for key, value in stored.items()}
             twin[name] = meant.bfloat16()
             assert torch.equal(twin[name].float(), meant), "the twin is exact"
@@ -166,7 +175,7 @@ def save(
             quantized[name] = twin[name] = tensor.bfloat16()
     change(quantized)
     for where, tensors, extra in zip(
-        made, (quantized, twin), ({"quantization_config": KINDS[kind]["config"]}, {}), strict=True
+        made, (quantized, twin), ({"quantization_config": how["config"]}, {}), strict=True
     ):
         shutil.rmtree(where, ignore_errors=True)
         where.mkdir(parents=True)

@@ -91,6 +91,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "d128": dict(head_dim=128),
     "deep": dict(_EIGHT, num_hidden_layers=6),
     "even": dict(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=32),
+    "even-experts": dict(
+        hidden_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=64,
+        intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    ),
     "tied": dict(tie_word_embeddings=True),
 }
 """What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants, and a vocabulary that it divides or not; a head dim

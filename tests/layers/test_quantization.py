@@ -116,6 +116,23 @@ def test_scales_of_padded_columns():
     assert quantized(spec, Scheme("int8"), shards=1)[1].shape == (ROWS, 1)
 
 
+@settings(deadline=None)
+@given(st.sampled_from([(576, 2, 32), (576, 1, 64), (512, 4, 128)]), st.integers(1, 18), st.integers(1, 18))
+def test_blocks_that_devices_cut_are_scaled_in_parts(case, start, length):
+    columns, shards, size = case
+    source = Source("w.weight", (ROWS, columns))
+    values, scales = quantized(spec_of(columns, 1, (source.piece(0, columns),)), Scheme("int8", (4, 128)), shards)
+    groups = columns // size
+    assert values.shape == (ROWS, columns) and scales.shape == (ROWS, groups)
+    stored = np.random.default_rng(0).random((-(-ROWS // 4), -(-columns // 128))).astype(np.float32)
+    (piece,) = scales.pieces
+    assert piece.source.accepts(stored.shape)
+    part = slice(min(start, groups) - 1, min(start - 1 + length, groups))
+    read = piece.source.read(reader(stored), "w", (slice(2, 7), part))
+    every = stored.repeat(4, axis=0).repeat(128, axis=1)[:ROWS, :columns]
+    assert (read == every[2:7, ::size][:, part]).all()
+
+
 @pytest.mark.parametrize(("columns", "shards"), [(24, 2), (20, 1)])
 def test_groups_that_are_cut(columns, shards):
     spec = spec_of(columns, 1, (Source("w.weight", (ROWS, columns)).piece(0, columns),))

@@ -20,6 +20,7 @@ from tpu_inference.kernels.ragged_paged_attention import implementation_for, mis
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.logger import init_logger
 from tpu_inference.models.common.interface import ModelFunctions
+from tpu_inference.models.common.kv_cache_dtype import cache_torch_dtype
 from tpu_inference.models.common.vllm_loader import load_model
 from tpu_inference.runner.async_output import AsyncOutput
 from tpu_inference.runner.buckets import Bucket, BucketPlan
@@ -86,7 +87,7 @@ class TPUModelRunner:
         return -(-self.model_config.max_model_len // self.block_size) + 1
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        return kv_cache_specs(self.functions, self.block_size, self.model_config.dtype)
+        return kv_cache_specs(self.functions, self.block_size, cache_torch_dtype(self.vllm_config))
 
     def make_programs(self, layout: KVCacheLayout, num_groups: int) -> StepPrograms:
         """The programs over a KV cache of this layout, none of them compiled yet."""

@@ -7,10 +7,11 @@ the sources below turn what is read into rows.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
@@ -20,7 +21,10 @@ from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 Read = Callable[..., np.ndarray]
 GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """Of values that weights are rounded to at load."""
+LEAST_PART = 32
+"""Columns of the smallest groups that larger ones are cut into where devices, or pieces of a weight, would have a part of one."""
 _ROWS_AT_A_TIME = 1024
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class ScaleSource(Source):
     rows_of_entry: int = 1
     transposed: bool = False
     """Whether the checkpoint has them as [groups, entries]."""
+    parts: int = 1
+    """Groups on the device that one of the checkpoint's is cut into."""
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         return shape == self.shape[::-1] if self.transposed else math.prod(shape) == math.prod(self.shape)
@@ -37,11 +43,17 @@ class ScaleSource(Source):
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
         entries = read(name).astype(np.float32)
         entries = entries.T if self.transposed else entries.reshape(self.shape)
+        entries = entries.repeat(self.parts, axis=1)
         rows, columns = index
         first = rows.start // self.rows_of_entry
         wanted = entries[first : -(-rows.stop // self.rows_of_entry), columns]
         start = rows.start - first * self.rows_of_entry
         return np.repeat(wanted, self.rows_of_entry, axis=0)[start : start + rows.stop - rows.start]
+
+
+def has_nan_bytes(values: np.ndarray) -> bool:
+    """Whether values of e4m3 are no numbers: kernels read those bytes as numbers."""
+    return values.dtype == _E4M3 and bool(((values.view(np.uint8) & 0x7F) == 0x7F).any())
 
 
 def scales_of_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
@@ -55,6 +67,17 @@ def rounded(weight: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
     return (np.rint(values) if dtype == "int8" else values).astype(np.dtype(dtype))
 
 
+def rounded_rows(
+    read: Callable[[slice], np.ndarray], rows: slice, dtype: str
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(rows, scales [n, 1], values [n, columns]) of a weight that `read` reads whole rows of, so many at a time that little memory is taken."""
+    for start in range(rows.start, rows.stop, _ROWS_AT_A_TIME):
+        part = slice(start, min(start + _ROWS_AT_A_TIME, rows.stop))
+        whole = read(part)
+        scales = scales_of_rows(whole, dtype)
+        yield part, scales, rounded(whole, scales, dtype)
+
+
 @dataclass(frozen=True)
 class _RoundedAtLoad(Source):
     """Of a weight that the checkpoint has in full. A row's scale is that of the whole row, whichever part of it is asked for."""
@@ -64,12 +87,9 @@ class _RoundedAtLoad(Source):
 
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
-        parts = []
-        for start in range(rows.start, rows.stop, _ROWS_AT_A_TIME):
-            whole = read(name, (slice(start, min(start + _ROWS_AT_A_TIME, rows.stop)), slice(0, self.shape[1])))
-            scales = scales_of_rows(whole, self.dtype)
-            parts.append(scales if self.wants_scales else rounded(whole[:, columns], scales, self.dtype))
-        return np.concatenate(parts)
+        whole = slice(0, self.shape[1])
+        parts = rounded_rows(lambda part: read(name, (part, whole)), rows, self.dtype)
+        return np.concatenate([scales if self.wants_scales else values[:, columns] for _, scales, values in parts])
 
 
 @dataclass(frozen=True)
@@ -128,8 +148,8 @@ class Scheme:
         zeros = self.zeros_name and source.name.removesuffix("weight") + self.zeros_name
         return PackedSource(name, shape, source.offset, self.packed, self.layout, zeros, self.block[1] or columns)
 
-    def scales(self, source: Source) -> Source:
-        """Its scales."""
+    def scales(self, source: Source, parts: int = 1) -> Source:
+        """Its scales, of groups of columns each of which is cut into so many."""
         if self.at_load:
             return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, wants_scales=True)
         rows_of_entry = self.block[0] or source.shape[0]
@@ -140,6 +160,7 @@ class Scheme:
             source.offset,
             rows_of_entry,
             self.layout != "compressed-tensors",
+            parts,
         )
 
 
@@ -189,9 +210,12 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
     """(values, scales) in place of a weight [out, in].
 
     Raises:
-        TpuInferenceError: groups of columns that a piece or a device would have a part of.
+        TpuInferenceError: groups of columns that a piece or a device would have too small a part of.
     """
-    groups, (rows, columns) = scheme.groups(spec.shape[1]), spec.shape
+    groups, (rows, columns), size, parts = scheme.groups(spec.shape[1]), spec.shape, spec.shape[1], 1
+    if groups > 1:
+        size = _group_size(spec, scheme.block[1] or columns, shards)
+        groups, parts = columns // size, (scheme.block[1] or columns) // size
     pieces = tuple(
         piece if piece.source is None else replace(piece, source=scheme.values(piece.source)) for piece in spec.pieces
     )
@@ -199,18 +223,15 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
     axis, scale_pieces = (
         spec.axis,
         tuple(
-            piece if piece.source is None else replace(piece, source=scheme.scales(piece.source))
+            piece if piece.source is None else replace(piece, source=scheme.scales(piece.source, parts))
             for piece in spec.pieces
         ),
     )
     if spec.axis == 1 and groups == 1:
         source = next(piece.source for piece in scale_pieces if piece.source is not None)
         axis, scale_pieces = 0, (Piece(rows, source),)
-    elif groups > 1:
-        size = scheme.block[1] or columns
-        _check_groups(spec, size, shards)
-        if spec.axis == 1:
-            scale_pieces = tuple(replace(p, size=p.size // size, start=p.start // size) for p in scale_pieces)
+    elif spec.axis == 1:
+        scale_pieces = tuple(replace(p, size=p.size // size, start=p.start // size) for p in scale_pieces)
     scales = replace(
         spec,
         shape=(rows, groups),
@@ -223,14 +244,22 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
     return values, scales
 
 
-def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:
+def part_of_group(size: int, whole: Iterable[int]) -> int | None:
+    """Columns of groups that divide all of `whole`: `size`, or a part of it of `LEAST_PART` or a multiple; None where there is none."""
+    part = math.gcd(size, *whole)
+    return part if part == size or part % LEAST_PART == 0 else None
+
+
+def _group_size(spec: WeightSpec, size: int, shards: int) -> int:
+    """Columns that share a scale on the device, where `size` do in the checkpoint. Raises TpuInferenceError where groups would be cut too small."""
     name = next(piece.source.name for piece in spec.pieces if piece.source is not None)
     whole = [spec.shape[1]]
     if spec.axes[1] not in (None, "embed"):
         whole.append(spec.shape[1] // shards)
     if spec.axis == 1:
         whole += [n for piece in spec.pieces for n in (piece.size, piece.start)]
-    if any(n % size for n in whole):
+    part = part_of_group(size, whole)
+    if part is None:
         raise TpuInferenceError(
             f"{name} is quantized in groups of {size} columns, which {spec.shape[1]} columns on {shards} devices are not divided into: "
             + (
@@ -239,3 +268,4 @@ def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:
                 else "use a checkpoint with groups that divide them."
             )
         )
+    return part

@@ -68,6 +68,7 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
         self.cfg = cfg
         self.dtype, self.accumulate_dtype = ctx.dtype, ctx.accumulate_dtype
+        self.kv_cache_dtype = ctx.kv_cache_dtype or ctx.dtype
         self.embed = nnx.Param(self._vocab_spec(cfg.names.embed, ctx))
         self.scans = ctx.scans
         self.layers = nnx.List(layers for run in cfg.runs() for layers in self._of_run(run, ctx))

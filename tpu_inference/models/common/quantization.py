@@ -28,7 +28,17 @@ TABLE = (
     "and at load --quantization fp8_per_channel, int8_per_channel_weight_only (of experts), or online with --quantization-config "
     """'{"linear": "int8_per_channel_static"}', "moe" for experts, or "fp8_per_channel_static"; experts by JAX classes alone"""
 )
-_UNREAD = (".input_scale", ".k_scale", ".v_scale", ".weight_shape", ".g_idx", ".qzeros")
+_UNREAD = (
+    ".input_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+    ".kv_scale",
+    ".prob_scale",
+    ".weight_shape",
+    ".g_idx",
+    ".qzeros",
+)
 _FP8 = "float8_e4m3fn"
 
 

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
 from tpu_inference.layers.vllm.placement import Placement, placements
-from tpu_inference.layers.vllm.quantization import to_numpy
+from tpu_inference.layers.vllm.rounding import CHECKPOINT_NUMEL, to_numpy
 from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.vllm.repeat import Repeat
 
@@ -52,11 +52,11 @@ class OwnedParameter:
 
     @property
     def expected_numel(self) -> int:
-        """How many numbers checkpoints hold of it: padding of the vocabulary is not among them."""
+        """How many numbers checkpoints hold of it: padding of the vocabulary, and scales that are repeated, are not among them."""
         layer = self.owner
         if isinstance(layer, VocabParallelEmbedding) and self.shape[0] == layer.num_embeddings_padded:
             return layer.num_embeddings * self.shape[1:].numel()
-        return self.shape.numel()
+        return getattr(self.tensor, CHECKPOINT_NUMEL, self.shape.numel())
 
 
 def _owned_parameters(model: torch.nn.Module, shards: int) -> list[OwnedParameter]:
