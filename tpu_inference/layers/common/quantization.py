@@ -8,7 +8,7 @@ the sources below turn what is read into rows.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -221,6 +221,47 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
         init="scales",
     )
     return values, scales
+
+
+@dataclass(frozen=True)
+class DequantizedSource(Source):
+    """A matrix that the checkpoint has quantized, read as what it means: float32."""
+
+    values: Source = field(kw_only=True)
+    scales: Source = field(kw_only=True)
+    group: int = field(kw_only=True)
+    """Columns that share a scale."""
+
+    @property
+    def beside(self) -> tuple[Source, ...]:
+        return (*self.values.beside, self.scales)
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        return self.values.accepts(shape)
+
+    def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        groups = slice(columns.start // self.group, -(-columns.stop // self.group))
+        scales_name = name.removesuffix(_last(self.values.name)) + _last(self.scales.name)
+        scales = np.repeat(self.scales.read(read, scales_name, (rows, groups)), self.group, axis=1)
+        start = columns.start - groups.start * self.group
+        values = self.values.read(read, name, index).astype(np.float32)
+        return values * scales[:, start : start + values.shape[1]]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def dequantized(source: Source, scheme: Scheme) -> Source:
+    """The weight `source` as it is read from a checkpoint of `scheme`, in full."""
+    if scheme.at_load:
+        return source
+    values = scheme.values(source)
+    group = scheme.block[1] or source.shape[1]
+    return DequantizedSource(
+        values.name, values.shape, source.offset, values=values, scales=scheme.scales(source), group=group
+    )
 
 
 def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:

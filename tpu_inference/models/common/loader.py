@@ -37,12 +37,20 @@ def expected_tensors(specs: Any) -> dict[str, Source]:
     }
 
 
-def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, unread: Sequence[str] = ()) -> None:
+def check_tensors(
+    checkpoint: Checkpoint,
+    specs: Any,
+    *,
+    tied_head: str | None,
+    unread: Sequence[str] = (),
+    unread_layers: Sequence[str] = (),
+) -> None:
     """Raises CheckpointError with every missing, left-over and mis-shaped tensor, and every scale that is no number.
 
     Args:
         tied_head: name of a head that is not read where it is tied to the embedding.
         unread: ends of names that a quantized checkpoint has and nothing reads.
+        unread_layers: beginnings of names, of layers that nothing reads.
     """
     expected, found = expected_tensors(specs), checkpoint.shapes
     problems = [f"missing: {name} {list(source.shape)}" for name, source in expected.items() if name not in found]
@@ -54,7 +62,11 @@ def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, 
     problems += [
         f"left over: {name} {list(shape)} is not read by this architecture"
         for name, shape in found.items()
-        if name not in expected and name != tied_head and not IGNORED.search(name) and not name.endswith(tuple(unread))
+        if name not in expected
+        and name != tied_head
+        and not IGNORED.search(name)
+        and not name.endswith(tuple(unread))
+        and not name.startswith(tuple(unread_layers))
     ]
     problems += [
         f"not finite: {name} has NaN or infinite scales"
@@ -144,10 +156,11 @@ def model_functions(module: Decoder, params: Any, mesh: Mesh) -> ModelFunctions:
     """What the runner needs of `module` with `params` in place of its specs."""
     _, forward, logits = pure_functions(module)
     cfg = module.cfg
-    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, mesh.shape["model"])
+    shards, mla = mesh.shape["model"], cfg.mla
+    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, shards)
+    kind = (shards, mla.kv_rank + mla.rope_dim, mla.kv_rank) if mla else (plan.num_kv_slots, cfg.head_dim, None)
     layers = tuple(
-        AttentionLayer(f"model.layers.{i}.self_attn", window, plan.num_kv_slots, cfg.head_dim)
-        for i, window in enumerate(cfg.window_of_layer)
+        AttentionLayer(f"model.layers.{i}.self_attn", window, *kind) for i, window in enumerate(cfg.window_of_layer)
     )
     return ModelFunctions(
         params=params,

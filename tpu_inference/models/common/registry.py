@@ -22,6 +22,8 @@ _MODELS: dict[str, str] = {
     "Qwen2MoeForCausalLM": f"{_HERE}.qwen_moe:Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM": f"{_HERE}.qwen_moe:Qwen3MoeForCausalLM",
     "GptOssForCausalLM": f"{_HERE}.gpt_oss:GptOssForCausalLM",
+    "DeepseekV2ForCausalLM": f"{_HERE}.deepseek:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": f"{_HERE}.deepseek:DeepseekV3ForCausalLM",
 }
 
 Kind = Literal["flax_nnx", "vllm"]

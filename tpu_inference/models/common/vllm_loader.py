@@ -112,14 +112,15 @@ def _load_jax_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
 
 def _checked_checkpoint(vllm_config: VllmConfig, module: Decoder) -> Checkpoint:
     """The checkpoint, which has what `module` reads and nothing else; CheckpointError where it does not."""
-    checkpoint, names = _checkpoint(vllm_config), module.cfg.names
+    checkpoint, cfg, names = _checkpoint(vllm_config), module.cfg, module.cfg.names
     specs, _, _ = pure_functions(module)
     quantization = quantization_of(vllm_config)
     check_tensors(
         checkpoint,
         specs,
-        tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None,
+        tied_head=f"{names.lm_head}.weight" if cfg.tie_embeddings else None,
         unread=quantization.unread if quantization else (),
+        unread_layers=[f"{names.layer.format(layer=cfg.num_layers + i)}." for i in range(cfg.layers_unread)],
     )
     return checkpoint
 
