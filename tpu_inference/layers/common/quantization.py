@@ -21,6 +21,8 @@ Read = Callable[..., np.ndarray]
 GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """Of values that weights are rounded to at load."""
 _ROWS_AT_A_TIME = 1024
+LEAST_GROUP = 32
+"""Columns: groups that devices do not divide evenly are split into equal ones of so many or more."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class ScaleSource(Source):
     """Scales of a weight [rows, columns]: `shape` is (entries, groups), and an entry is of `rows_of_entry` neighbouring rows."""
 
     rows_of_entry: int = 1
+    groups_of_entry: int = 1
+    """Groups on the device of each one that the checkpoint has."""
     transposed: bool = False
     """Whether the checkpoint has them as [groups, entries]."""
 
@@ -37,11 +41,17 @@ class ScaleSource(Source):
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
         entries = read(name).astype(np.float32)
         entries = entries.T if self.transposed else entries.reshape(self.shape)
-        rows, columns = index
-        first = rows.start // self.rows_of_entry
-        wanted = entries[first : -(-rows.stop // self.rows_of_entry), columns]
-        start = rows.start - first * self.rows_of_entry
-        return np.repeat(wanted, self.rows_of_entry, axis=0)[start : start + rows.stop - rows.start]
+        rows, groups = index
+        by_row = _repeated(entries, self.rows_of_entry, 0, rows)
+        return _repeated(by_row, self.groups_of_entry, 1, groups)
+
+
+def _repeated(entries: np.ndarray, count: int, axis: int, part: slice) -> np.ndarray:
+    """The indices `part` of `axis`, once each entry is there `count` times."""
+    first, last = part.start // count, -(-part.stop // count)
+    wanted = np.repeat(entries[first:last] if axis == 0 else entries[:, first:last], count, axis=axis)
+    here = slice(part.start - first * count, part.stop - first * count)
+    return wanted[here] if axis == 0 else wanted[:, here]
 
 
 def scales_of_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
@@ -139,7 +149,7 @@ class Scheme:
             shape,
             source.offset,
             rows_of_entry,
-            self.layout != "compressed-tensors",
+            transposed=self.layout != "compressed-tensors",
         )
 
 
@@ -188,8 +198,10 @@ class Quantization:
 def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec, WeightSpec]:
     """(values, scales) in place of a weight [out, in].
 
+    Where a piece or a device has a part of a group of columns, the device's groups are smaller than the checkpoint's (not those of experts).
+
     Raises:
-        TpuInferenceError: groups of columns that a piece or a device would have a part of.
+        TpuInferenceError: they would be smaller than LEAST_GROUP.
     """
     groups, (rows, columns) = scheme.groups(spec.shape[1]), spec.shape
     pieces = tuple(
@@ -207,10 +219,10 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
         source = next(piece.source for piece in scale_pieces if piece.source is not None)
         axis, scale_pieces = 0, (Piece(rows, source),)
     elif groups > 1:
-        size = scheme.block[1] or columns
-        _check_groups(spec, size, shards)
-        if spec.axis == 1:
-            scale_pieces = tuple(replace(p, size=p.size // size, start=p.start // size) for p in scale_pieces)
+        stored = scheme.block[1] or columns
+        size = _group_size(spec, stored, shards)
+        groups = columns // size
+        scale_pieces = tuple(_in_groups_of(size, stored, p, along=spec.axis == 1) for p in scale_pieces)
     scales = replace(
         spec,
         shape=(rows, groups),
@@ -264,14 +276,23 @@ def dequantized(source: Source, scheme: Scheme) -> Source:
     )
 
 
-def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:
+def _in_groups_of(size: int, stored: int, piece: Piece, *, along: bool) -> Piece:
+    """A piece of scales for groups of `size` columns, where the checkpoint has them of `stored`; `along`: pieces lie one after another in them."""
+    if isinstance(piece.source, ScaleSource):
+        piece = replace(piece, source=replace(piece.source, groups_of_entry=stored // size))
+    return replace(piece, size=piece.size // size, start=piece.start // size) if along else piece
+
+
+def _group_size(spec: WeightSpec, size: int, shards: int) -> int:
+    """Columns that share a scale on the device, where they are `size` in the checkpoint."""
     name = next(piece.source.name for piece in spec.pieces if piece.source is not None)
     whole = [spec.shape[1]]
     if spec.axes[1] not in (None, "embed"):
         whole.append(spec.shape[1] // shards)
     if spec.axis == 1:
         whole += [n for piece in spec.pieces for n in (piece.size, piece.start)]
-    if any(n % size for n in whole):
+    fits = math.gcd(size, *whole)
+    if fits < size and (spec.experts is not None or fits < LEAST_GROUP):
         raise TpuInferenceError(
             f"{name} is quantized in groups of {size} columns, which {spec.shape[1]} columns on {shards} devices are not divided into: "
             + (
@@ -280,3 +301,4 @@ def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:
                 else "use a checkpoint with groups that divide them."
             )
         )
+    return fits

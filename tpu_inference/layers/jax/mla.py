@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-head latent attention (DeepSeek): low-rank queries, one latent a token in the cache, and its up-projections absorbed into queries and outputs."""
+"""Multi-head latent attention (DeepSeek): one latent a token in the cache, whose up-projections are absorbed into queries and outputs."""
 
 from typing import Any
 

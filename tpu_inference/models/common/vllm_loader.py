@@ -39,7 +39,8 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
     """What serves the model of `vllm_config`: as `--model-impl` says, else as MODEL_IMPL_TYPE does."""
     config = vllm_config.model_config
     flag = str(getattr(config.model_impl, "value", config.model_impl))
-    return choose_implementation(config.architectures, envs.MODEL_IMPL_TYPE if flag == "auto" else flag)
+    wanted = envs.MODEL_IMPL_TYPE if flag == "auto" else flag
+    return choose_implementation(config.architectures, wanted, latents=not envs.VLLM_MLA_DISABLE)
 
 
 def refuse_quantization(vllm_config: VllmConfig) -> None:
