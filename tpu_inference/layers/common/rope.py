@@ -97,6 +97,15 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: boo
     return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., 2 * half :]], axis=-1)
 
 
+def apply_rope_to_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate `x` [T, heads, 2 * cos.shape[-1]], neighbours paired, in float32. They stay where they are: queries and keys only have to agree."""
+    cos, sin = (jnp.repeat(table, 2, axis=-1)[:, None] for table in (cos, sin))
+    wide = x.astype(jnp.float32)
+    is_first = jnp.arange(x.shape[-1]) % 2 == 0
+    partner = jnp.where(is_first, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+    return (wide * cos + partner * sin).astype(x.dtype)
+
+
 def rope_from_config(config: Any, head_dim: int, max_model_len: int, layer_type: str | None = None) -> Rope:
     """The `Rope` of a transformers config; `layer_type` where its `rope_parameters` has one entry for each.
 

@@ -77,6 +77,28 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Attention over latents (DeepSeek)."""
+
+    q_rank: int
+    """Of what queries are made from; 0: of the hidden state itself."""
+    kv_rank: int
+    """Of a token's latent, of which its keys and values are made."""
+    nope_dim: int
+    """Of a head's query and key: the part that is not rotated."""
+    rope_dim: int
+    value_dim: int
+    pairs: bool = True
+    """Whether neighbours are rotated together, instead of halves."""
+    down_bias: bool = False
+
+    @property
+    def qk_dim(self) -> int:
+        """Of a head's query."""
+        return self.nope_dim + self.rope_dim
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer."""
 
@@ -114,6 +136,9 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     moe_of_layer: tuple[bool, ...] = ()
     """Which layers have experts in the place of the MLP; empty: none."""
+    mla: MLAConfig | None = None
+    layers_unread: int = 0
+    """Layers that the checkpoint has behind the last and nothing reads."""
 
     @property
     def chunk(self) -> int | None:

@@ -18,6 +18,7 @@ from tpu_inference.layers.common.weights import Source, WeightSpec, map_specs, p
 from tpu_inference.layers.jax.attention import Attention
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import StackParam
+from tpu_inference.layers.jax.mla import LatentAttention
 from tpu_inference.layers.jax.mlp import GatedMLP
 from tpu_inference.layers.jax.moe import MoE
 from tpu_inference.layers.jax.norm import RMSNorm
@@ -33,7 +34,8 @@ class DecoderLayer(nnx.Module):
             )
 
         self.attention_norms, self.mlp_norms = norms(cfg.names.attention_norms), norms(cfg.names.mlp_norms)
-        self.attention, self.mlp = Attention(cfg, ctx), MoE(cfg, ctx) if moe else GatedMLP(cfg, ctx)
+        self.attention = LatentAttention(cfg, ctx) if cfg.mla else Attention(cfg, ctx)
+        self.mlp = MoE(cfg, ctx) if moe else GatedMLP(cfg, ctx)
 
     def __call__(self, x: jax.Array, kv_cache: KVCache, layer, meta: AttentionMetadata, rope, window, in_stack=None):
         """Returns (x, kv_cache). `layer`: of the model; `in_stack`: of those whose weights are stacked, None where none are."""

@@ -65,7 +65,7 @@ def check_tensors(
     Args:
         tied_head: name of a head that is not read where it is tied to the embedding.
         unread: ends of names that a quantized checkpoint has and nothing reads.
-        others: beginnings of names of tensors that are for something else than text.
+        others: beginnings of names of tensors that are for something else than text, or of layers that nothing reads.
     """
     expected, found = _expected_of(checkpoint, specs), checkpoint.shapes
     problems = [f"missing: {name} {list(source.shape)}" for name, source in expected.items() if name not in found]
@@ -176,9 +176,11 @@ def model_functions(module: Decoder, params: Any, mesh: Mesh) -> ModelFunctions:
     """What the runner needs of `module` with `params` in place of its specs."""
     _, forward, logits = pure_functions(module)
     cfg = module.cfg
-    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, mesh.shape["model"])
+    shards, mla = mesh.shape["model"], cfg.mla
+    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, shards)
+    kind = (shards, mla.kv_rank + mla.rope_dim, mla.kv_rank) if mla else (plan.num_kv_slots, cfg.head_dim, None)
     layers = tuple(
-        AttentionLayer(f"model.layers.{i}.self_attn", window, plan.num_kv_slots, cfg.head_dim, chunk)
+        AttentionLayer(f"model.layers.{i}.self_attn", window, *kind, chunk)
         for i, (window, chunk) in enumerate(
             zip(cfg.window_of_layer, cfg.chunk_of_layer or [None] * cfg.num_layers, strict=True)
         )
