@@ -68,7 +68,7 @@ def rotations(ropes: Sequence[Rope], positions: jax.Array) -> list[Rotation]:
 def rotate(
     q: jax.Array, k: jax.Array, rotation: Rotation, *, interleaved: bool, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """q and k [T, heads, head_dim] as attention takes them. Interleaved, the order of dimensions is another afterwards, the same of both."""
+    """q and k [T, heads, head_dim] as attention takes them."""
     q, k = (apply_rope(x, rotation.cos, rotation.sin, interleaved=interleaved) for x in (q, k))
     if rotation.normed is not None:
         q, k = (jnp.where(rotation.normed, _unit_mean_square(x, eps), x) for x in (q, k))
@@ -83,27 +83,19 @@ def _unit_mean_square(x: jax.Array, eps: float) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
-    """Rotate the leading 2 * cos.shape[-1] dimensions of `x` [T, heads, head_dim] in float32.
-
-    Halves are paired, or, where `interleaved`, neighbours, which come out as halves.
-    """
+    """Rotate the leading 2 * cos.shape[-1] dimensions of `x` [T, heads, head_dim] in float32; halves are paired, or neighbours."""
     half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    pairs = (
-        (x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]) if interleaved else (x[..., :half], x[..., half : 2 * half])
-    )
-    first, second = (part.astype(jnp.float32) for part in pairs)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., 2 * half :]], axis=-1)
-
-
-def apply_rope_to_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate `x` [T, heads, 2 * cos.shape[-1]], neighbours paired, in float32. They stay where they are: queries and keys only have to agree."""
-    cos, sin = (jnp.repeat(table, 2, axis=-1)[:, None] for table in (cos, sin))
-    wide = x.astype(jnp.float32)
-    is_first = jnp.arange(x.shape[-1]) % 2 == 0
-    partner = jnp.where(is_first, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
-    return (wide * cos + partner * sin).astype(x.dtype)
+    wide, rest = x[..., : 2 * half].astype(jnp.float32), x[..., 2 * half :]
+    if interleaved:
+        is_first = jnp.arange(2 * half) % 2 == 0
+        partner = jnp.where(is_first, -jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
+        cos, sin = (jnp.repeat(table, 2, axis=-1)[:, None] for table in (cos, sin))
+        parts = [wide * cos + partner * sin]
+    else:
+        cos, sin = cos[:, None], sin[:, None]
+        first, second = wide[..., :half], wide[..., half:]
+        parts = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in parts), rest], axis=-1)
 
 
 def rope_from_config(config: Any, head_dim: int, max_model_len: int, layer_type: str | None = None) -> Rope:

@@ -14,7 +14,7 @@ from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.linear import before_split
 from tpu_inference.layers.common.mla import latent_attention, times_heads
 from tpu_inference.layers.common.quantization import dequantized
-from tpu_inference.layers.common.rope import apply_rope, apply_rope_to_pairs
+from tpu_inference.layers.common.rope import Rotation, apply_rope
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, merge_pieces, slots
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import Linear
@@ -87,11 +87,11 @@ class LatentAttention(nnx.Module):
         kv_cache: KVCache,
         layer: int | jax.Array,
         meta: AttentionMetadata,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rotation,
         window: Any,
         in_stack: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """x: [T, hidden]; `rope` cosine and sine [T, rope_dim / 2]; there are no windows; `in_stack` as `Linear` takes it."""
+        """x: [T, hidden]; there are no windows; `in_stack` as `Linear` takes it."""
         mla, tokens = self.mla, x.shape[0]
         low, latent, k_rope = jnp.split(
             before_split(self.down(x, in_stack)), (mla.q_rank, mla.q_rank + mla.kv_rank), axis=-1
@@ -99,11 +99,20 @@ class LatentAttention(nnx.Module):
         low = x if self.q_norm is None else self.q_norm(low)
         q = before_split(self.q(low, in_stack)).reshape(tokens, len(self.slots), mla.qk_dim)
         q_nope, q_rope = q[..., : mla.nope_dim], q[..., mla.nope_dim :]
-        rotate = apply_rope_to_pairs if mla.pairs else apply_rope
-        q_rope, k_rope = rotate(q_rope, *rope), rotate(k_rope[:, None], *rope)[:, 0]
+        q_rope, k_rope = (
+            apply_rope(part, rope.cos, rope.sin, interleaved=mla.pairs) for part in (q_rope, k_rope[:, None])
+        )
         q_latent = times_heads(q_nope, self._by_head(self.k_up), 1, self.accumulate_dtype)
         out, kv_cache = latent_attention(
-            q_latent, q_rope, self.kv_norm(latent), k_rope, kv_cache, layer, meta, mesh=self.mesh, scale=self.scale
+            q_latent,
+            q_rope,
+            self.kv_norm(latent),
+            k_rope[:, 0],
+            kv_cache,
+            layer,
+            meta,
+            mesh=self.mesh,
+            scale=self.scale,
         )
         values = times_heads(out, self._by_head(self.v_up), 2, self.accumulate_dtype)
         return self.o(values.reshape(tokens, -1), in_stack), kv_cache
