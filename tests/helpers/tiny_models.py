@@ -86,10 +86,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=_LLAMA3,
         ),
     ),
-    "deepseek-v2": ("DeepseekV2Config", dict(_DEEPSEEK, q_lora_rank=None, routed_scaling_factor=1.5)),
-    "deepseek-v2-groups": (
+    # Queries of the hidden state itself, as in V2-Lite, and groups, as in V2.
+    "deepseek-v2": (
         "DeepseekV2Config",
-        dict(_DEEPSEEK, topk_method="group_limited_greedy", n_group=4, topk_group=2, scoring_func="softmax"),
+        dict(
+            _DEEPSEEK,
+            q_lora_rank=None,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            scoring_func="softmax",
+            routed_scaling_factor=1.5,
+        ),
     ),
     "deepseek-v3": (
         "DeepseekV3Config",

@@ -184,3 +184,14 @@ def test_scores_depend_on_distance_alone():
 
     np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_neighbours_are_turned_as_halves_are():
+    """The same rotation of the same numbers, in another order."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 3, 10)), jnp.float32)
+    rope = Rope((1.0, 0.5, 0.2, 0.1, 0.05), factor=1.5).cos_sin(jnp.arange(5) * 7)
+    order = [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
+    np.testing.assert_allclose(
+        apply_rope(x, *rope, interleaved=True)[..., order], apply_rope(x[..., order], *rope), rtol=1e-6
+    )
