@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, Nvfp4Source
 from tpu_inference.layers.common.packed import Layout, PackedSource
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 
@@ -106,23 +107,34 @@ class Scheme:
     """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row."""
     packed: int = 0
     """Bits of a value where they are stored as `PackedSource` reads them, else 0."""
-    layout: Layout = "compressed-tensors"
+    layout: Layout | Literal["nvfp4"] = "compressed-tensors"
     """Of packed values."""
     zeros_name: str | None = None
     """Last part of the name of packed values' zero points, where they have any."""
     values_name: str = "weight"
     scales_name: str = "weight_scale"
+    tensor_scale_name: str | None = None
+    """Last part of the name of the one scale of the whole tensor, which NVFP4 has besides."""
+    divides: bool = False
+    """Whether that is divided by."""
+
+    @property
+    def stored_dtype(self) -> str:
+        """Of the tensor `values_name`, where a weight in full may have that name."""
+        return "uint8" if self.layout == "nvfp4" else self.dtype
 
     @property
     def stored_names(self) -> tuple[str, ...]:
         """Last parts of the names of the tensors that the checkpoint has of each layer."""
-        zeros = () if self.zeros_name is None else (self.zeros_name,)
-        return (self.values_name, self.scales_name, *zeros)
+        names = (self.values_name, self.scales_name, self.zeros_name, self.tensor_scale_name)
+        return tuple(name for name in names if name is not None)
 
     def weight_shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """[rows, columns] of a weight whose values are stored in that shape."""
         if not self.packed:
             return stored[0], stored[1]
+        if self.layout == "nvfp4":
+            return stored[0], 2 * stored[1]
         return PackedSource("", stored, bits=self.packed, layout=self.layout).weight_shape
 
     def groups(self, columns: int) -> int:
@@ -134,11 +146,14 @@ class Scheme:
         if self.at_load:
             return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype)
         name = source.name.removesuffix("weight") + self.values_name
+        if self.layout == "nvfp4":
+            return Nvfp4Source.of(source, name)
         if self.packed:
             return self._packed(source, name)
         return replace(source, name=name)
 
     def _packed(self, source: Source, name: str) -> Source:
+        assert self.layout != "nvfp4"
         (rows, columns), words = source.shape, lambda n: -(-n * self.packed // 32)
         shape = {
             "compressed-tensors": (rows, words(columns)),
@@ -154,8 +169,12 @@ class Scheme:
             return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, wants_scales=True)
         rows_of_entry = self.block[0] or source.shape[0]
         shape = (-(-source.shape[0] // rows_of_entry), self.groups(source.shape[1]))
+        base = source.name.removesuffix("weight")
+        if self.tensor_scale_name is not None:
+            of_tensor = base + self.tensor_scale_name
+            return Nvfp4ScaleSource(base + self.scales_name, shape, source.offset, of_tensor, self.divides, parts)
         return ScaleSource(
-            source.name.removesuffix("weight") + self.scales_name,
+            base + self.scales_name,
             shape,
             source.offset,
             rows_of_entry,

@@ -47,6 +47,7 @@ class TpuQuantizationConfig(QuantizationConfig):
 
         `quantization` answers for names as the checkpoint has them, or as vLLM's modules have them once `apply_mapper` was called."""
         super().__init__()
+        self.quantization = quantization
         self._scheme_of, self._of_experts = quantization.scheme_of, quantization.of_experts
         self._apply_mapper, self._cache_scales = apply_mapper, cache_scales
         self._shards, self._expert_parallel = shards, expert_parallel
