@@ -307,11 +307,18 @@ def test_rounded_at_load_by_rules(zoo, model, rules, dtype, least, impl):
 def test_rules_of_ones_own(zoo, tmp_path, impl):
     """The first rule that fits counts, and one without a type leaves layers as they are."""
     rules = tmp_path / "rules.yaml"
-    rules.write_text("- module_path: .*self_attn.*\n- {module_path: .*down_proj, weight_qtype: float8_e4m3fn}\n")
+    rules.write_text(
+        "- module_path: .*self_attn.*\n- {module_path: .*down_proj, weight_qtype: float8_e4m3fn, tile_size: 64}\n"
+    )
     options = dict(dtype="bfloat16", enforce_eager=True, model_impl=impl)
+    with engine(zoo("llama@even"), **options) as llm:
+        expected = of_prompts(llm)
     with engine(zoo("llama@even"), additional_config={"quantization": str(rules)}, **options) as llm:
-        dtypes = [str(leaf.dtype) for leaf in jax.tree.leaves(runner(llm).functions.params)]
+        leaves = jax.tree.leaves(runner(llm).functions.params)
+        found = of_prompts(llm)
+    dtypes = [str(leaf.dtype) for leaf in leaves]
     assert dtypes.count("float8_e4m3fn") == 3 and "int8" not in dtypes
+    assert likeness(expected, found) > 0.8
 
 
 @pytest.mark.parametrize("impl", ["auto", "vllm"])

@@ -104,6 +104,22 @@ def test_a_part_is_rounded_by_the_scale_of_its_whole_row(box, dtype):
 
 
 @settings(deadline=None)
+@given(boxes(columns=64), st.sampled_from([1, 2]))
+def test_a_part_is_rounded_by_the_scales_of_its_groups(box, parts):
+    weight = np.random.default_rng(0).normal(size=(ROWS, 64)).astype(ml_dtypes.bfloat16)
+    scheme, source = Scheme("int8", (1, 32), at_load=True), Source("w.weight", weight.shape)
+    values, scales = scheme.values(source, parts), scheme.scales(source, parts)
+    rows, columns = box
+    every = scales.read(reader(weight), "w.weight", (rows, slice(0, 2 * parts)))
+    groups = np.abs(weight.astype(np.float32)).reshape(ROWS, 2 * parts, -1).max(2) / 127
+    np.testing.assert_array_equal(every, groups[rows])
+    meant = values.read(reader(weight), "w.weight", box) * every.repeat(32 // parts, axis=1)[:, columns]
+    assert (
+        np.abs(meant - weight[box].astype(np.float32)) <= 0.51 * every.repeat(32 // parts, axis=1)[:, columns]
+    ).all()
+
+
+@settings(deadline=None)
 @given(boxes(columns=64), st.booleans(), st.sampled_from([1, 2]))
 def test_any_part_of_nvfp4_is_what_the_format_says(box, divides, parts):
     rng = np.random.default_rng(3)

@@ -2,7 +2,8 @@
 """Rules by which the weights of an unquantized checkpoint are rounded as they are loaded: a YAML list, of which the first that fits a layer counts.
 
 Keys are those of qwix's rules, as far as they are served: `module_path`, a regular expression of the layer's whole name in the checkpoint;
-`weight_qtype`, "int8" or "float8_e4m3fn", or null for layers that stay as they are; `act_qtype`, "int8" or null.
+`weight_qtype`, "int8" or "float8_e4m3fn", or null for layers that stay as they are; `act_qtype`, "int8" or null; `tile_size`, columns of a row that
+share a scale, or null for all of them.
 """
 
 import re
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tpu_inference.errors import ConfigError
-from tpu_inference.layers.common.quantization import GREATEST, Scheme
+from tpu_inference.layers.common.quantization import GREATEST, LEAST_PART, Scheme
 
 READY_MADE = Path(__file__).parent
-_KEYS = ("module_path", "weight_qtype", "act_qtype")
+_KEYS = ("module_path", "weight_qtype", "act_qtype", "tile_size")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -84,10 +85,8 @@ def _parsed(text: str, where: str) -> tuple[Rule, ...]:
 
 
 def _problems(rule: dict[Any, Any]) -> list[str]:
-    weights, activations = rule.get("weight_qtype"), rule.get("act_qtype")
-    problems = [
-        f"{key} is not known (known are {', '.join(_KEYS)}; scales are one a row)" for key in rule if key not in _KEYS
-    ]
+    weights, activations, tile = (rule.get(key) for key in ("weight_qtype", "act_qtype", "tile_size"))
+    problems = [f"{key} is not known (known are {', '.join(_KEYS)})" for key in rule if key not in _KEYS]
     try:
         re.compile(rule.get("module_path") or "(")
     except (re.error, TypeError):
@@ -98,9 +97,17 @@ def _problems(rule: dict[Any, Any]) -> list[str]:
         problems.append(f"act_qtype={activations!r} is not int8, which are the only activations that are rounded")
     elif activations and weights != "int8":
         problems.append("act_qtype: int8 needs weight_qtype: int8")
+    if tile is not None and (type(tile) is not int or tile < LEAST_PART or tile % LEAST_PART):
+        problems.append(f"tile_size={tile!r} is no multiple of {LEAST_PART}")
+    elif tile and activations:
+        problems.append("tile_size is of weights alone: remove act_qtype")
     return problems
 
 
 def _scheme(rule: dict[str, Any]) -> Scheme | None:
     weights = rule.get("weight_qtype")
-    return None if weights is None else Scheme(weights, at_load=True, activations=rule.get("act_qtype"))
+    return (
+        None
+        if weights is None
+        else Scheme(weights, (1, rule.get("tile_size")), at_load=True, activations=rule.get("act_qtype"))
+    )
