@@ -15,7 +15,7 @@
 | `Tensor.type_as` of torchax | `import_torchax` | torchax 0.0.13 changes the tensor itself, and knows no views | torchax returns another |
 | `transformers_moe_forward` by its Python function | `operations_that_call_modules` | torch's dispatcher leaves torchax before the experts are called | it is a method again |
 | DBRX's experts renamed | `as_loader_looks_for` | vLLM's class loads them by the names of before they became a module's | its `load_weights` finds them |
-| which layers a quantization leaves out | `fp8_skips`, `awq_skips`, `gptq_skips`, `online_skips`, `compressed_tensors_target` | vLLM asks with its own modules at hand | a config answers for a name |
+| which layers a quantization leaves out | `fp8_skips`, `awq_skips`, `gptq_skips`, `modelopt_skips`, `online_skips`, `compressed_tensors_target` | vLLM asks with its own modules at hand | a config answers for a name |
 | one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
 | `ModelConfig.use_mla` says no | `latents_put_up` | vLLM's classes of latent attention would ask for a backend of it; in their multi-head form they ask for ours | a class can be told |
 | `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
@@ -285,6 +285,11 @@ def gptq_skips(config: Any, layer: str) -> bool:
 
     left = get_dynamic_override(config, layer_name=layer) is False
     return left or not is_layer_gptq_quantized(layer, config.modules_in_block_to_quantize)
+
+
+def modelopt_skips(config: Any, layer: str) -> bool:
+    """Whether vLLM's ModelOpt config leaves the linear layer of that name as it is."""
+    return config.is_layer_excluded(layer)
 
 
 def online_skips(config: Any, layer: str) -> bool:

@@ -11,7 +11,7 @@ from helpers import quantized_models
 from helpers.engines import engine, likeness, of_prompts, tokens
 from helpers.quantized_models import KINDS
 from helpers.tiny_models import prompts
-from tpu_inference.errors import TpuInferenceError
+from tpu_inference.errors import ConfigError, TpuInferenceError
 from tpu_inference.models.common.checkpoint import CheckpointError
 
 COUNT = 24
@@ -279,3 +279,72 @@ def test_groups_of_experts_that_devices_would_cut(zoo, tmp_path):
     for impl in ("auto", "vllm"):
         with pytest.raises(TpuInferenceError, match="groups of 32"), engine(made, model_impl=impl, **options):
             pass
+
+
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
+@pytest.mark.parametrize(
+    ("model", "rules", "dtype", "least"),
+    [
+        ("llama@even", "int8_weights_activations", "int8", 0.8),
+        pytest.param("llama@even", "int8_weights", "int8", 0.9, marks=pytest.mark.slow),
+        pytest.param("llama@even", "fp8", "float8_e4m3fn", 0.6, marks=pytest.mark.slow),
+        pytest.param("mixtral@even", "int8_weights_activations", "int8", 0.8, marks=pytest.mark.slow),
+    ],
+)
+def test_rounded_at_load_by_rules(zoo, model, rules, dtype, least, impl):
+    options = dict(dtype="bfloat16", enforce_eager=True, model_impl=impl)
+    with engine(zoo(model), **options) as llm:
+        expected = of_prompts(llm)
+    with engine(zoo(model), additional_config={"quantization": rules, "scan_layers": True}, **options) as llm:
+        params = runner(llm).functions.params
+        found = of_prompts(llm)
+    assert sum(leaf.dtype == dtype for leaf in jax.tree.leaves(params)) == (4 if impl == "auto" else 12)
+    print("LIKE", likeness(expected, found))
+    assert likeness(expected, found) > least
+
+
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
+def test_rules_of_ones_own(zoo, tmp_path, impl):
+    """The first rule that fits counts, and one without a type leaves layers as they are."""
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "- module_path: .*self_attn.*\n- {module_path: .*down_proj, weight_qtype: float8_e4m3fn, tile_size: 64}\n"
+    )
+    options = dict(dtype="bfloat16", enforce_eager=True, model_impl=impl)
+    with engine(zoo("llama@even"), **options) as llm:
+        expected = of_prompts(llm)
+    with engine(zoo("llama@even"), additional_config={"quantization": str(rules)}, **options) as llm:
+        leaves = jax.tree.leaves(runner(llm).functions.params)
+        found = of_prompts(llm)
+    dtypes = [str(leaf.dtype) for leaf in leaves]
+    assert dtypes.count("float8_e4m3fn") == 3 and "int8" not in dtypes
+    assert likeness(expected, found) > 0.8
+
+
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("llama@even", "nvfp4"),
+        pytest.param("llama@even", "nvfp4-modelopt", marks=pytest.mark.slow),
+        pytest.param("mixtral@even", "nvfp4", marks=pytest.mark.slow),
+    ],
+)
+def test_nvfp4_is_as_its_twin(zoo, tmp_path, model, kind, impl):
+    made, twin = quantized_models.save(zoo(model), kind, tmp_path)
+    options = dict(dtype="bfloat16", enforce_eager=True)
+    with engine(twin, **options) as llm:
+        expected = of_prompts(llm)
+    with engine(made, model_impl=impl, **options) as llm:
+        assert "int8" in {str(leaf.dtype) for leaf in jax.tree.leaves(runner(llm).functions.params)}
+        found = of_prompts(llm)
+    assert likeness(expected, found) > 0.95
+
+
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
+def test_rules_that_fit_no_layer(zoo, tmp_path, impl):
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("- {module_path: model.layers.9.*, weight_qtype: int8}\n")
+    options = dict(additional_config={"quantization": str(rules)}, model_impl=impl)
+    with pytest.raises(ConfigError, match="fits the name of any layer"), engine(zoo("llama@even"), **options):
+        pass

@@ -129,7 +129,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         head_dim=32,
         moe_intermediate_size=64,
         intermediate_size=64,
-        shared_expert_intermediate_size=64,
     ),
     "tied": dict(tie_word_embeddings=True),
 }

@@ -105,6 +105,56 @@ def test_a_part_is_rounded_by_the_scale_of_its_whole_row(box, dtype):
     assert (error <= {"int8": 0.51, "float8_e4m3fn": 16.1}[dtype] * scales).all()
 
 
+@settings(deadline=None)
+@given(boxes(columns=64), st.sampled_from([1, 2]))
+def test_a_part_is_rounded_by_the_scales_of_its_groups(box, parts):
+    weight = np.random.default_rng(0).normal(size=(ROWS, 64)).astype(ml_dtypes.bfloat16)
+    scheme, source = Scheme("int8", (1, 32), at_load=True), Source("w.weight", weight.shape)
+    values, scales = scheme.values(source, parts), scheme.scales(source, parts)
+    rows, columns = box
+    every = scales.read(reader(weight), "w.weight", (rows, slice(0, 2 * parts)))
+    groups = np.abs(weight.astype(np.float32)).reshape(ROWS, 2 * parts, -1).max(2) / 127
+    np.testing.assert_array_equal(every, groups[rows])
+    meant = values.read(reader(weight), "w.weight", box) * every.repeat(32 // parts, axis=1)[:, columns]
+    assert (
+        np.abs(meant - weight[box].astype(np.float32)) <= 0.51 * every.repeat(32 // parts, axis=1)[:, columns]
+    ).all()
+
+
+@settings(deadline=None)
+@given(boxes(columns=64), st.booleans(), st.sampled_from([1, 2]))
+def test_any_part_of_nvfp4_is_what_the_format_says(box, divides, parts):
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 16, (ROWS, 64), dtype=np.uint8)
+    scales, whole = rng.random((ROWS, 4)).astype(ml_dtypes.float8_e4m3fn), np.float32(0.3)
+    values_of = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    meant = values_of[codes] * scales.astype(np.float32).repeat(16, axis=1) * whole
+    tensors = {
+        "l.weight_packed": codes[:, ::2] | codes[:, 1::2] << 4,
+        "l.weight_scale": scales,
+        "l.of_tensor": np.array([1 / whole if divides else whole], np.float32),
+    }
+    scheme = Scheme(
+        "int8", (1, 16), packed=4, layout="nvfp4", values_name="weight_packed", tensor_scale_name="of_tensor", divides=divides
+    )  # fmt: skip
+    weight = Source("l.weight", (ROWS, 64))
+    values, grid = scheme.values(weight), scheme.scales(weight, parts)
+    assert scheme.weight_shape((ROWS, 32)) == (ROWS, 64) and {s.name for s in grid.beside} == {"l.of_tensor"}
+    assert all(source.accepts(tensors[source.name].shape) for source in (values, grid, *grid.beside))
+
+    def read(name, index=()):
+        return tensors[name][index] if index else tensors[name]
+
+    rows, columns = box
+    found = values.read(read, values.name, box)
+    assert found.dtype == np.int8
+    every = grid.read(read, grid.name, (rows, slice(0, 4 * parts))).repeat(16 // parts, axis=1)[:, columns]
+    np.testing.assert_allclose(found * every, meant[box], rtol=1e-6)
+    group = slice(columns.start * parts // 16, -(-columns.stop * parts // 16))
+    some = grid.read(read, grid.name, (rows, group))
+    np.testing.assert_array_equal(some, grid.read(read, grid.name, (rows, slice(0, 4 * parts)))[:, group])
+
+
 def spec_of(columns, axis, pieces):
     return WeightSpec((ROWS, columns), "bfloat16", ("embed", "mlp"), pieces, axis)
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, Nvfp4Source
 from tpu_inference.layers.common.packed import Layout, PackedSource
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 
@@ -68,28 +69,33 @@ def rounded(weight: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def rounded_rows(
-    read: Callable[[slice], np.ndarray], rows: slice, dtype: str
+    read: Callable[[slice], np.ndarray], rows: slice, dtype: str, group: int | None = None
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """(rows, scales [n, 1], values [n, columns]) of a weight that `read` reads whole rows of, so many at a time that little memory is taken."""
+    """(rows, scales [n, groups], values [n, columns]) of a weight that `read` reads whole rows of, so many at a time that little memory is taken.
+
+    Groups are of so many columns, which divide a row; None for one.
+    """
     for start in range(rows.start, rows.stop, _ROWS_AT_A_TIME):
         part = slice(start, min(start + _ROWS_AT_A_TIME, rows.stop))
         whole = read(part)
-        scales = scales_of_rows(whole, dtype)
-        yield part, scales, rounded(whole, scales, dtype)
+        groups = whole.reshape(-1, group or whole.shape[1])
+        scales = scales_of_rows(groups, dtype)
+        yield part, scales.reshape(len(whole), -1), rounded(groups, scales, dtype).reshape(whole.shape)
 
 
 @dataclass(frozen=True)
 class _RoundedAtLoad(Source):
-    """Of a weight that the checkpoint has in full. A row's scale is that of the whole row, whichever part of it is asked for."""
+    """Of a weight that the checkpoint has in full. A row's scales are those of the whole row, whichever part of it is asked for."""
 
     dtype: str = "int8"
+    group: int | None = None
     wants_scales: bool = False
 
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
         whole = slice(0, self.shape[1])
-        parts = rounded_rows(lambda part: read(name, (part, whole)), rows, self.dtype)
-        return np.concatenate([scales if self.wants_scales else values[:, columns] for _, scales, values in parts])
+        parts = rounded_rows(lambda part: read(name, (part, whole)), rows, self.dtype, self.group)
+        return np.concatenate([(scales if self.wants_scales else values)[:, columns] for _, scales, values in parts])
 
 
 @dataclass(frozen=True)
@@ -103,42 +109,57 @@ class Scheme:
     activations: str | None = None
     """As `quantized_matmul` takes it."""
     at_load: bool = False
-    """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row."""
+    """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row or for groups of its columns."""
     packed: int = 0
     """Bits of a value where they are stored as `PackedSource` reads them, else 0."""
-    layout: Layout = "compressed-tensors"
+    layout: Layout | Literal["nvfp4"] = "compressed-tensors"
     """Of packed values."""
     zeros_name: str | None = None
     """Last part of the name of packed values' zero points, where they have any."""
     values_name: str = "weight"
     scales_name: str = "weight_scale"
+    tensor_scale_name: str | None = None
+    """Last part of the name of the one scale of the whole tensor, which NVFP4 has besides."""
+    divides: bool = False
+    """Whether that is divided by."""
+
+    @property
+    def stored_dtype(self) -> str:
+        """Of the tensor `values_name`, where a weight in full may have that name."""
+        return "uint8" if self.layout == "nvfp4" else self.dtype
 
     @property
     def stored_names(self) -> tuple[str, ...]:
         """Last parts of the names of the tensors that the checkpoint has of each layer."""
-        zeros = () if self.zeros_name is None else (self.zeros_name,)
-        return (self.values_name, self.scales_name, *zeros)
+        names = (self.values_name, self.scales_name, self.zeros_name, self.tensor_scale_name)
+        return tuple(name for name in names if name is not None)
 
     def weight_shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """[rows, columns] of a weight whose values are stored in that shape."""
         if not self.packed:
             return stored[0], stored[1]
+        if self.layout == "nvfp4":
+            return stored[0], 2 * stored[1]
         return PackedSource("", stored, bits=self.packed, layout=self.layout).weight_shape
 
     def groups(self, columns: int) -> int:
         """Scales of a row."""
         return 1 if self.block[1] is None else -(-columns // self.block[1])
 
-    def values(self, source: Source) -> Source:
-        """What the checkpoint has in place of the weight `source`."""
+    def values(self, source: Source, parts: int = 1) -> Source:
+        """What the checkpoint has in place of the weight `source`; `parts` as for `scales`."""
         if self.at_load:
-            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype)
+            group = self.block[1] and self.block[1] // parts
+            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group)
         name = source.name.removesuffix("weight") + self.values_name
+        if self.layout == "nvfp4":
+            return Nvfp4Source.of(source, name)
         if self.packed:
             return self._packed(source, name)
         return replace(source, name=name)
 
     def _packed(self, source: Source, name: str) -> Source:
+        assert self.layout != "nvfp4"
         (rows, columns), words = source.shape, lambda n: -(-n * self.packed // 32)
         shape = {
             "compressed-tensors": (rows, words(columns)),
@@ -151,11 +172,16 @@ class Scheme:
     def scales(self, source: Source, parts: int = 1) -> Source:
         """Its scales, of groups of columns each of which is cut into so many."""
         if self.at_load:
-            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, wants_scales=True)
+            group = self.block[1] and self.block[1] // parts
+            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group, wants_scales=True)
         rows_of_entry = self.block[0] or source.shape[0]
         shape = (-(-source.shape[0] // rows_of_entry), self.groups(source.shape[1]))
+        base = source.name.removesuffix("weight")
+        if self.tensor_scale_name is not None:
+            of_tensor = base + self.tensor_scale_name
+            return Nvfp4ScaleSource(base + self.scales_name, shape, source.offset, of_tensor, self.divides, parts)
         return ScaleSource(
-            source.name.removesuffix("weight") + self.scales_name,
+            base + self.scales_name,
             shape,
             source.offset,
             rows_of_entry,
@@ -219,7 +245,8 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
         size = _group_size(spec, scheme.block[1] or columns, shards)
         groups, parts = columns // size, (scheme.block[1] or columns) // size
     pieces = tuple(
-        piece if piece.source is None else replace(piece, source=scheme.values(piece.source)) for piece in spec.pieces
+        piece if piece.source is None else replace(piece, source=scheme.values(piece.source, parts))
+        for piece in spec.pieces
     )
     values = replace(spec, dtype=np.dtype(scheme.dtype), pieces=pieces)
     axis, scale_pieces = (

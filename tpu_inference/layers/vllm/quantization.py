@@ -47,6 +47,7 @@ class TpuQuantizationConfig(QuantizationConfig):
 
         `quantization` answers for names as the checkpoint has them, or as vLLM's modules have them once `apply_mapper` was called."""
         super().__init__()
+        self.quantization = quantization
         self._scheme_of, self._of_experts = quantization.scheme_of, quantization.of_experts
         self._apply_mapper, self._cache_scales = apply_mapper, cache_scales
         self._shards, self._expert_parallel = shards, expert_parallel
@@ -130,23 +131,24 @@ class QuantizedLinearMethod(LinearMethodBase):
         groups = columns // size
         values = torch.empty(rows, columns, dtype=getattr(torch, self.scheme.dtype))
         scales = torch.empty(rows, groups, dtype=torch.float32)
-        load_values = self._round_then(load, layer) if self.scheme.at_load else load
+        load_values = self._round_then(load, layer, size) if self.scheme.at_load else load
         layer.register_parameter(
             VALUES, ModelWeightParameter(data=values, input_dim=1, output_dim=0, weight_loader=load_values)
         )
         if groups == 1:
             parameter = ChannelQuantScaleParameter(data=scales, output_dim=0, weight_loader=load)
         else:
-            load = repeat_then(load, (self.scheme.block[1] or size) // size, groups)
+            parts = 1 if self.scheme.at_load else (self.scheme.block[1] or size) // size
+            load = repeat_then(load, parts, groups)
             parameter = GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=load)
-            setattr(parameter, CHECKPOINT_NUMEL, rows * self.scheme.groups(columns))
+            setattr(parameter, CHECKPOINT_NUMEL, rows * -(-columns // (size * parts)))
         layer.register_parameter(SCALES, parameter)
 
-    def _round_then(self, load: Callable[..., Any], layer: torch.nn.Module) -> Callable[..., None]:
+    def _round_then(self, load: Callable[..., Any], layer: torch.nn.Module, group: int) -> Callable[..., None]:
         """A loader of a weight in full."""
 
         def rounding(parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            scales, values = rounded_whole(loaded, self.scheme.dtype)
+            scales, values = rounded_whole(loaded, self.scheme.dtype, group)
             held = getattr(layer, SCALES)
             held.weight_loader(held, scales, *args, **kwargs)
             load(parameter, values, *args, **kwargs)

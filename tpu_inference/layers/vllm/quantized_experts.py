@@ -52,15 +52,18 @@ class QuantizedExpertsMethod(FusedMoEMethodBase):
         size = group_size(self.scheme, f"{self._prefix}.{name}", columns, shards if columns % shards == 0 else 1)
         values = torch.nn.Parameter(torch.empty(shape, dtype=getattr(torch, self.scheme.dtype)), requires_grad=False)
         scales = torch.nn.Parameter(torch.empty(experts, rows, columns // size), requires_grad=False)
-        set_weight_attrs(values, {"weight_loader": self._round_then(load, layer) if self.scheme.at_load else load})
-        repeating = repeat_then(load, (self.scheme.block[1] or size) // size, columns // size)
+        set_weight_attrs(
+            values, {"weight_loader": self._round_then(load, layer, size) if self.scheme.at_load else load}
+        )
+        parts = 1 if self.scheme.at_load else (self.scheme.block[1] or size) // size
+        repeating = repeat_then(load, parts, columns // size)
         kind = FusedMoeWeightScaleSupported.GROUP.value
         set_weight_attrs(scales, {"weight_loader": repeating, "quant_method": kind})
-        setattr(scales, CHECKPOINT_NUMEL, experts * rows * self.scheme.groups(columns))
+        setattr(scales, CHECKPOINT_NUMEL, experts * rows * -(-columns // (size * parts)))
         layer.register_parameter(f"{name}_weight", values)
         layer.register_parameter(f"{name}_weight_scale", scales)
 
-    def _round_then(self, load: Callable[..., Any], layer: RoutedExperts) -> Callable[..., Any]:
+    def _round_then(self, load: Callable[..., Any], layer: RoutedExperts, group: int) -> Callable[..., Any]:
         """A loader of one expert's matrix in full."""
 
         def rounding(
@@ -70,7 +73,7 @@ class QuantizedExpertsMethod(FusedMoEMethodBase):
                 raise TpuInferenceError(
                     f"{weight_name}: a tensor of all experts together is not rounded at load: use a checkpoint with a tensor for each expert."
                 )
-            scales, values = rounded_whole(loaded_weight, self.scheme.dtype)
+            scales, values = rounded_whole(loaded_weight, self.scheme.dtype, group)
             held = getattr(layer, f"{weight_name.rpartition('.')[2]}_scale")
             held.weight_loader(held, scales, f"{weight_name}_scale", *args, **kwargs)
             return load(param, values, weight_name, *args, **kwargs)

@@ -33,11 +33,13 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def rounded_whole(weight: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales [rows, 1], values [rows, columns] in `dtype`) of a weight in full."""
-    scales = torch.empty(weight.shape[0], 1)
+def rounded_whole(weight: torch.Tensor, dtype: str, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scales [rows, groups], values [rows, columns] in `dtype`) of a weight in full, whose rows are cut into groups of so many columns."""
+    scales = torch.empty(weight.shape[0], weight.shape[1] // group)
     values = torch.empty(weight.shape, dtype=getattr(torch, dtype))
-    for part, of_rows, rounded in rounded_rows(lambda part: to_numpy(weight[part]), slice(0, len(weight)), dtype):
+    for part, of_rows, rounded in rounded_rows(
+        lambda part: to_numpy(weight[part]), slice(0, len(weight)), dtype, group
+    ):
         scales[part], values[part] = to_torch(of_rows), to_torch(rounded)
     return scales, values
 

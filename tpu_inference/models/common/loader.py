@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.cache_scales import CacheScaleSource
 from tpu_inference.layers.common.heads import plan_heads
+from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, ScalarSource
 from tpu_inference.layers.common.quantization import ScaleSource, has_nan_bytes
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, leaves, map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
@@ -84,7 +85,7 @@ def check_tensors(
     problems += [
         problem
         for name, source in expected.items()
-        if isinstance(source, ScaleSource | CacheScaleSource) and name in found
+        if isinstance(source, ScaleSource | Nvfp4ScaleSource | ScalarSource | CacheScaleSource) and name in found
         if (problem := wrong_scales(name, checkpoint.read(name), of_cache=isinstance(source, CacheScaleSource)))
     ]
     if problems:  # only then: else values are looked at as they are loaded, and read once

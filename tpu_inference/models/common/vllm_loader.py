@@ -24,7 +24,7 @@ from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import ModelFunctions
 from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype, refused_scheme, warn_of_missing_scales
 from tpu_inference.models.common.loader import check_tensors, expected_tensors, load_params, model_functions
-from tpu_inference.models.common.quantization import QuantizationError, quantization_of
+from tpu_inference.models.common.quantization import QuantizationError, quantization_of, refuse_rules_without_effect
 from tpu_inference.models.common.registry import Implementation, choose_implementation, model_class
 
 logger = init_logger(__name__)
@@ -74,7 +74,9 @@ def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
         vllm_config.parallel_config.enable_expert_parallel,
         quantized_cache_dtype(vllm_config),
     )
-    return model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
+    model = model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
+    refuse_rules_without_effect(ctx.quantization)
+    return model
 
 
 def load_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool = False) -> ModelFunctions:

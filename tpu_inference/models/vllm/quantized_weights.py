@@ -60,7 +60,9 @@ class HeldForm:
         if kind not in scheme.stored_names:
             return False
         # An embedding's weight has the same name, and another type.
-        return kind != "weight" or (tensor.ndim == 2 and str(tensor.dtype).removeprefix("torch.") == scheme.dtype)
+        return kind != "weight" or (
+            tensor.ndim == 2 and str(tensor.dtype).removeprefix("torch.") == scheme.stored_dtype
+        )
 
     def _held(self, layer: str, scheme: Scheme, have: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         arrays = {f"{layer}.{kind}": to_numpy(tensor) for kind, tensor in have.items()}
@@ -69,13 +71,14 @@ class HeldForm:
         values, scales = scheme.values(weight), scheme.scales(weight)
         if wrong := [
             f"mis-shaped: {source.name} is {list(arrays[source.name].shape)}, {list(source.shape)} belong to the values"
-            for source in (scales, *values.beside)
+            for source in (scales, *values.beside, *scales.beside)
             if not source.accepts(arrays[source.name].shape)
         ]:
             self._wrong += wrong
             return
-        if wrong_number := wrong_scales(scales.name, arrays[scales.name]):
-            self._wrong.append(wrong_number)
+        for source in (scales, *scales.beside):
+            if wrong_number := wrong_scales(source.name, arrays[source.name]):
+                self._wrong.append(wrong_number)
 
         self._wrong += [nan_problem(name) for name, array in arrays.items() if has_nan_bytes(array)]
 

@@ -40,7 +40,7 @@ from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype, warn_of_missing_scales
-from tpu_inference.models.common.quantization import QuantizationError, quantization_of
+from tpu_inference.models.common.quantization import QuantizationError, quantization_of, refuse_rules_without_effect
 from tpu_inference.models.vllm.exchange import Places
 from tpu_inference.models.vllm.explain import explain
 from tpu_inference.models.vllm.quantized_weights import HeldForm
@@ -179,13 +179,13 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
     alone.parallel_config.enable_expert_parallel = False
     alone.device_config = copy.copy(vllm_config.device_config)
     alone.device_config.device = torch.device("cpu")  # where the module is built; vLLM has None for TPU
-    if vllm_config.quant_config is not None:
+    if quantization_of(vllm_config) is not None:
         # Names are those of vLLM's modules there, and of the checkpoint in the configuration as it is.
         asked = copy.copy(alone)
         asked.quant_config = copy.deepcopy(vllm_config.quant_config)
         alone.quant_config = TpuQuantizationConfig(
             quantization_of(asked),
-            asked.quant_config.apply_vllm_mapper,
+            asked.quant_config.apply_vllm_mapper if asked.quant_config else lambda mapper: None,
             shards=vllm_config.parallel_config.tensor_parallel_size,
             expert_parallel=vllm_config.parallel_config.enable_expert_parallel,
             cache_scales=quantized_cache_dtype(vllm_config) is not None,
@@ -208,6 +208,8 @@ def build(vllm_config: VllmConfig, mesh: Mesh, expert_parallel: bool = False) ->
     for layer in _attention_layers(vllm_config).values():
         if layer.impl.sinks is not None:
             layer.register_parameter("sinks_of_impl", layer.impl.sinks)
+    if isinstance(vllm_config.quant_config, TpuQuantizationConfig):
+        refuse_rules_without_effect(vllm_config.quant_config.quantization)
     use_shells(model, mesh, ctx.accumulate_dtype)
     use_expert_shells(model, mesh, ctx.accumulate_dtype, expert_parallel=ctx.expert_parallel)
     register_loose_tensors(model)
@@ -249,7 +251,7 @@ def load_vllm_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
     sharded = vllm_config.load_config.load_format == "sharded_state"
     if sharded:
         _check_is_of_one_rank(vllm_config.model_config)
-        if vllm_config.quant_config is not None:
+        if quantization_of(vllm_config) is not None:
             raise QuantizationError("A sharded state of a quantized model")
     state.stream()
     quantization = quantization_of(vllm_config)
