@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the kernel for few rows is blocked: a tuned entry for the product's shape where there is one, else a heuristic."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from tpu_inference.kernels.tuned import lookup
+
+OP, PART = "quantized_matmul", "blocks"
+LANES = 128
+MIB = 2**20
+WIDTH = 256
+"""Rows of the weight that go through the matrix units of v6e and tpu7x side by side: fewer leave some waiting."""
+BLOCK_BYTES = MIB
+"""Of weights at a time: with less, what the first product takes to come out of the matrix units is not hidden; with more, the last block's products
+are longer in coming after its bytes."""
+SLOTS = 4
+MOST_VMEM_BYTES = 40 * MIB
+
+
+@dataclass(frozen=True)
+class Config:
+    """Blocks of the kernel: `block_out` rows of the weight with all their columns."""
+
+    block_out: int
+    slots: int = SLOTS
+    """Blocks in VMEM: one is multiplied by while the others are in flight."""
+
+    def within(self, out: int) -> "Config":
+        """No more rows than there are, and no more slots than blocks."""
+        block_out = min(self.block_out, out)
+        return replace(self, block_out=block_out, slots=max(2, min(self.slots, -(-out // block_out))))
+
+
+@dataclass(frozen=True)
+class ShapeKey:
+    """A product of few rows: one device's share."""
+
+    rows: int
+    out: int
+    columns: int
+    dtype: str
+    """Of values."""
+    groups: int = 1
+    activations: str | None = None
+
+    @classmethod
+    def of(cls, x: Any, values: Any, groups: int, activations: str | None) -> "ShapeKey":
+        """From the arrays of a call, or their shapes and dtypes. The rows count in powers of two."""
+        out, columns = values.shape[-2:]
+        rows = 1 << max(x.shape[0] - 1, 7).bit_length()
+        return cls(rows, out, columns, jnp.dtype(values.dtype).name, groups, activations)
+
+    def __str__(self) -> str:
+        """As in tuned tables."""
+        parts = (f"{self.rows}x{self.out}x{self.columns}", self.dtype, f"g{self.groups}", self.activations or "")
+        return "_".join(filter(None, parts))
+
+    def vmem_bytes(self, config: Config) -> int:
+        """Of the weights' slots, x with its copies, scales, and the output; all of them whole tiles."""
+        rows, groups = -(-self.rows // 16) * 16, -(-self.groups // 8) * 8
+        x = rows * self.columns * 2 * (1 + max(1, LANES * self.groups // self.columns))
+        blocks = config.slots * config.block_out * self.columns
+        return blocks + x + (4 * groups + 2 * rows) * (self.out + config.block_out) + 4 * rows * config.block_out
+
+
+def heuristic(key: ShapeKey, chip: str | None) -> Config:
+    """Blocks of `BLOCK_BYTES`, of whole `WIDTH`s."""
+    del chip
+    return Config(WIDTH * max(1, round(BLOCK_BYTES / (key.columns * WIDTH)))).within(key.out)
+
+
+def config_for(key: ShapeKey, chip: str | None) -> Config:
+    """What the op runs with on a chip: the tuned entry where there is one, else the heuristic's."""
+    tuned = lookup(OP, chip, str(key), PART)
+    return Config(**tuned) if tuned else heuristic(key, chip)
