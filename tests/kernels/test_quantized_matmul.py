@@ -5,14 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_interpret
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Form
 from tpu_inference.kernels.quantized_matmul import quantized_matmul
-from tpu_inference.kernels.quantized_matmul.api import form_of
-from tpu_inference.kernels.quantized_matmul.config import Config
-from tpu_inference.kernels.quantized_matmul.kernel import quantized_matmul_pallas
+from tpu_inference.kernels.quantized_matmul.api import KERNEL_CHIPS, form_of, most_rows
+from tpu_inference.kernels.quantized_matmul.config import MOST_VMEM_BYTES, Config, ShapeKey, heuristic
+from tpu_inference.kernels.quantized_matmul.kernel import Blocked, quantized_matmul_pallas
 
 
 def case(rows, out, columns, groups, dtype, x_dtype="bfloat16"):
@@ -124,6 +126,42 @@ def test_kernel_has_no_races():
     )  # fmt: skip
     agrees(arguments, found)
     assert not mosaic_interpret.races.races_found
+
+
+@given(
+    rows=st.integers(1, 256),
+    out=st.integers(1, 250),
+    columns=st.integers(1, 250),
+    per_group=st.sampled_from([0, 32, 64, 128, 256]),
+    values=st.sampled_from(["int8", "float8_e4m3fn", "float8_e5m2"]),
+    activations=st.sampled_from([None, "int8"]),
+    chip=st.sampled_from(KERNEL_CHIPS),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_heuristic_serves_any_shape(rows, out, columns, per_group, values, activations, chip):
+    """Of whole lanes: what it says fits into VMEM, and the parts of the last block are whole groups."""
+    out, columns = 128 * out, 128 * columns
+    groups = columns // per_group if per_group and columns % per_group == 0 else 1
+    activations = activations if groups == 1 and values == "int8" else None
+    x, weights = jax.ShapeDtypeStruct((rows, columns), "bfloat16"), jax.ShapeDtypeStruct((out, columns), values)
+    key = ShapeKey.of(x, weights, groups, activations)
+    config = heuristic(key, chip)
+    assert config == config.within(out) and config.block_out % 128 == 0 and config.slots >= 2
+    form = form_of(
+        x, weights, jax.ShapeDtypeStruct((out, groups), "float32"), activations=activations, implementation=Form("pallas", chip)
+    )  # fmt: skip
+    assert (form == "pallas") == (
+        rows <= most_rows(weights.dtype, groups) and key.vmem_bytes(config) <= MOST_VMEM_BYTES
+    )
+    if rows <= 64 and groups <= columns // 128:
+        assert form == "pallas", "no product of a model is too large"
+    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, None, True)
+    assert 0 < blocked.last <= config.block_out and blocked.last % 128 == 0
+    parts = blocked.parts()
+    assert [parts[0].start, parts[-1].stop] == [0, columns]
+    assert all(
+        part.stop > part.start and part.start % max(128, columns // groups if groups > 1 else 0) == 0 for part in parts
+    )
 
 
 def test_where_the_kernel_runs():

@@ -20,8 +20,9 @@ KERNEL_CHIPS = ("v5e", "v6e", "tpu7x")
 """Whose matrix units take float8 weights, and that have VMEM enough."""
 INT8_CHIPS = ("v5e", "v6e")
 """Whose matrix units take int8 rows and weights."""
-MOST_ROWS = 128
-"""Of the kernel: more take longer to multiply than the weights to come."""
+MOST_ROWS, MOST_CONVERTED_ROWS = 128, 256
+"""Of the kernel: more take longer to multiply than the weights to come. The second where XLA converts values one by one, or scales groups, which
+takes longer yet."""
 ACTIVATIONS = (None, "int8")
 VALUES = tuple(jnp.dtype(name) for name in ("int8", "float8_e4m3fn", "float8_e5m2"))
 
@@ -86,13 +87,18 @@ def form_of(x: Any, values: Any, scales: Any, *, activations: str | None, implem
     return str(implementation) if runs and _serves(x, values, scales.shape[-1], activations, chip) else "xla"
 
 
+def most_rows(dtype: Any, groups: int) -> int:
+    """That the kernel takes, of values of a dtype."""
+    return MOST_CONVERTED_ROWS if groups > 1 or dtype != jnp.int8 else MOST_ROWS
+
+
 def _serves(x: Any, values: Any, groups: int, activations: str | None, chip: str | None) -> bool:
     """Whether the kernel takes arrays of these shapes and dtypes; the XLA form takes all."""
     (rows, columns), out = x.shape, values.shape[-2]
     group, key = columns // groups, ShapeKey.of(x, values, groups, activations)
     whole = columns % LANES == 0 and out % LANES == 0 and (groups == 1 or group % LANES == 0 or LANES % group == 0)
     fits = key.vmem_bytes(config_for(key, chip).within(out)) <= MOST_VMEM_BYTES
-    return x.dtype == jnp.bfloat16 and rows <= MOST_ROWS and whole and fits
+    return x.dtype == jnp.bfloat16 and rows <= most_rows(values.dtype, groups) and whole and fits
 
 
 def _check(x: Any, values: Any, scales: Any, activations: str | None, implementation: str) -> None:

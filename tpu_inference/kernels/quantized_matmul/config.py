@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the kernel for few rows is blocked: a tuned entry for the product's shape where there is one, else a heuristic."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +12,12 @@ from tpu_inference.kernels.tuned import lookup
 OP, PART = "quantized_matmul", "blocks"
 LANES = 128
 MIB = 2**20
+WIDTHS: Mapping[str | None, int] = {"v5e": 128}
+"""Rows of the weight that go through the matrix units side by side, where that is not `WIDTH`: fewer leave some waiting."""
 WIDTH = 256
-"""Rows of the weight that go through the matrix units of v6e and tpu7x side by side: fewer leave some waiting."""
-BLOCK_BYTES = MIB
-"""Of weights at a time: with less, what the first product takes to come out of the matrix units is not hidden; with more, the last block's products
-are longer in coming after its bytes."""
+BLOCK_BYTES: Mapping[str | None, int] = {"v5e": MIB // 2, "tpu7x": 2 * MIB}
+"""Of weights at a time, where that is not a MiB: with less, what the first product takes to come out of the matrix units is not hidden; with more,
+the last block's products are longer in coming after its bytes."""
 SLOTS = 4
 MOST_VMEM_BYTES = 40 * MIB
 
@@ -59,17 +61,21 @@ class ShapeKey:
         return "_".join(filter(None, parts))
 
     def vmem_bytes(self, config: Config) -> int:
-        """Of the weights' slots, x with its copies, scales, and the output; all of them whole tiles."""
+        """Of the weights' slots, x and what is made of it, scales, and the output; all of them whole tiles."""
         rows, groups = -(-self.rows // 16) * 16, -(-self.groups // 8) * 8
-        x = rows * self.columns * 2 * (1 + max(1, LANES * self.groups // self.columns))
+        copies = LANES * self.groups // self.columns  # of x, for groups within a tile
+        x = 2 * rows * self.columns * (1 + (copies if copies > 1 else self.activations is not None))
         blocks = config.slots * config.block_out * self.columns
         return blocks + x + (4 * groups + 2 * rows) * (self.out + config.block_out) + 4 * rows * config.block_out
 
 
 def heuristic(key: ShapeKey, chip: str | None) -> Config:
-    """Blocks of `BLOCK_BYTES`, of whole `WIDTH`s."""
-    del chip
-    return Config(WIDTH * max(1, round(BLOCK_BYTES / (key.columns * WIDTH)))).within(key.out)
+    """Blocks of `BLOCK_BYTES`, of whole `WIDTHS`; fewer in flight, and narrower ones, where VMEM does not hold so much."""
+    width = WIDTHS.get(chip, WIDTH)
+    widths = max(1, round(BLOCK_BYTES.get(chip, MIB) / (key.columns * width)))
+    several = [Config(block, slots) for block in (width * widths, LANES) for slots in (SLOTS, 3, 2)]
+    fitting = (config for config in several if key.vmem_bytes(config.within(key.out)) <= MOST_VMEM_BYTES)
+    return next(fitting, several[-1]).within(key.out)
 
 
 def config_for(key: ShapeKey, chip: str | None) -> Config:

@@ -28,7 +28,7 @@ LAST_PARTS = 2
 
 
 @dataclass(frozen=True)
-class _Blocked:
+class Blocked:
     """What is static about the kernel."""
 
     rows: int
@@ -70,9 +70,7 @@ class _Blocked:
 class _Refs:
     """The kernel's references by name, and the DMAs between them."""
 
-    def __init__(
-        self, blocked: _Blocked, layer: Any, x: Any, values: Any, scales: Any, out: Any, *scratch: Any
-    ) -> None:
+    def __init__(self, blocked: Blocked, layer: Any, x: Any, values: Any, scales: Any, out: Any, *scratch: Any) -> None:
         self.blocked, self.layer, self.hbm = blocked, layer[0], (x, values, scales, out)
         self.x, self.ring, self.scales, self.out, self.arrived, self.last_arrived, self.small, self.written = scratch[
             :8
@@ -161,7 +159,7 @@ def _finish(refs: _Refs, product: Any, outputs: Any) -> Any:
     return product.astype(refs.out.dtype)
 
 
-def _body(*arguments: Any, blocked: _Blocked) -> None:
+def _body(*arguments: Any, blocked: Blocked) -> None:
     refs, last = _Refs(blocked, *arguments), blocked.num_blocks - 1
     x, scales = refs.fetch_small()
     ahead = blocked.slots - 1
@@ -234,7 +232,7 @@ def quantized_matmul_pallas(
     (rows, columns), (_, out, groups) = x.shape, scales.shape
     config = config.within(out)
     rounds = activations and ("int8" if exact else x.dtype.name)
-    blocked = _Blocked(rows, out, columns, groups, config.block_out, config.slots, rounds, direct)
+    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, rounds, direct)
     if blocked.rounds:
         prepared = [pltpu.VMEM((rows, columns), blocked.rounds), pltpu.VMEM((rows, 1), jnp.float32)]
     else:

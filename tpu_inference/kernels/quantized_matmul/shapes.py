@@ -95,7 +95,7 @@ _LAYERS = {
     "70b_qkv": (1280, 8192), "70b_o": (8192, 1024), "70b_gate_up": (7168, 8192), "70b_down": (8192, 3584),
 }  # fmt: skip
 """out and in of one of eight devices."""
-_KINDS = {
+_KINDS: Mapping[str, tuple[Any, ...]] = {
     "int8": ("int8", None), "w8a8": ("int8", "int8"), "e4m3": ("float8_e4m3fn", None), "e5m2": ("float8_e5m2", None),
     "e4m3_g128": ("float8_e4m3fn", None, 128), "int8_g128": ("int8", None, 128), "int8_g64": ("int8", None, 64), "int8_g32": ("int8", None, 32),
 }  # fmt: skip
