@@ -18,7 +18,10 @@ WIDTH = 256
 BLOCK_BYTES: Mapping[str | None, int] = {"v5e": MIB // 2, "tpu7x": 2 * MIB}
 """Of weights at a time, where that is not a MiB: with less, what the first product takes to come out of the matrix units is not hidden; with more,
 the last block's products are longer in coming after its bytes."""
-SLOTS = 4
+LEAST_BLOCKS, LEAST_BLOCK_BYTES = 8, MIB // 4
+LEAST_BLOCKS_OF: Mapping[str | None, int] = {"tpu7x": 4}
+"""Of a small weight, whose last block would be much of it; and no smaller blocks for that."""
+SLOTS = 6
 MOST_VMEM_BYTES = 40 * MIB
 
 
@@ -71,9 +74,12 @@ class ShapeKey:
 
 def heuristic(key: ShapeKey, chip: str | None) -> Config:
     """Blocks of `BLOCK_BYTES`, of whole `WIDTHS`; fewer in flight, and narrower ones, where VMEM does not hold so much."""
-    width = WIDTHS.get(chip, WIDTH)
-    widths = max(1, round(BLOCK_BYTES.get(chip, MIB) / (key.columns * width)))
-    several = [Config(block, slots) for block in (width * widths, LANES) for slots in (SLOTS, 3, 2)]
+    width, total = WIDTHS.get(chip, WIDTH), key.out * key.columns
+    least = LEAST_BLOCKS_OF.get(chip, LEAST_BLOCKS)
+    size = min(BLOCK_BYTES.get(chip, MIB), max(total // least, LEAST_BLOCK_BYTES))
+    widest = width if total >= least * width * key.columns else LANES
+    block = max(width * round(size / (width * key.columns)), widest)
+    several = [Config(rows, slots) for rows in (block, LANES) for slots in (SLOTS, 4, 3, 2)]
     fitting = (config for config in several if key.vmem_bytes(config.within(key.out)) <= MOST_VMEM_BYTES)
     return next(fitting, several[-1]).within(key.out)
 

@@ -107,6 +107,10 @@ class _Refs:
         target = self.hbm[3].at[:, pl.ds(pl.multiple_of(block * self.blocked.block, LANES), size)]
         return pltpu.make_async_copy(self.out.at[block, :, pl.ds(0, size)], target, self.written)
 
+    def all_written(self) -> Any:
+        """To wait for: as many bytes as all blocks have."""
+        return pltpu.make_async_copy(self.hbm[3], self.hbm[3], self.written)
+
 
 def _prepare(refs: _Refs) -> None:
     """Rounded rows, or a copy of x for each of the groups within a tile."""
@@ -176,11 +180,11 @@ def _body(*arguments: Any, blocked: Blocked) -> None:
 
     @pl.loop(0, last)
     def _(block: Any) -> None:
-        @pl.when(block + ahead < last)
-        def _() -> None:
-            refs.fetch(block + ahead).start()
-
         if last > ahead:
+
+            @pl.when(block + ahead < last)
+            def _() -> None:
+                refs.fetch(block + ahead).start()
 
             @pl.when(block + ahead == last)
             def _() -> None:
@@ -203,11 +207,7 @@ def _body(*arguments: Any, blocked: Blocked) -> None:
     refs.out[last, :, : blocked.last] = _finish(refs, total, outputs)
     refs.write(last, blocked.last).start()
 
-    @pl.loop(0, last)
-    def _(block: Any) -> None:
-        refs.write(block, blocked.block).wait()
-
-    refs.write(last, blocked.last).wait()
+    refs.all_written().wait()
 
 
 @partial(jax.jit, static_argnames=("activations", "direct", "exact", "config", "interpret"))

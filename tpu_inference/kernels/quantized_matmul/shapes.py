@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named shapes: what tests compile, and what benchmarks measure."""
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpu_inference.kernels.forms import implementation_for
-from tpu_inference.kernels.quantized_matmul.api import form_of, quantized_matmul
+from tpu_inference.kernels.quantized_matmul.api import form_of, most_rows, quantized_matmul
 from tpu_inference.kernels.quantized_matmul.config import ShapeKey
 from tpu_inference.kernels.quantized_matmul.kernel import NAME
 
@@ -55,6 +56,11 @@ class Spec:
             jax.ShapeDtypeStruct((self.layers, self.out, self.groups), jnp.float32),
             jax.ShapeDtypeStruct((), jnp.int32),
         )
+
+    @property
+    def few(self) -> bool:
+        """Whether the kernel takes so many rows."""
+        return self.rows <= most_rows(jnp.dtype(self.values), self.groups)
 
     @property
     def useful_flops(self) -> float:
@@ -108,10 +114,18 @@ def _spec(rows: int, sizes: tuple[int, int], values: str, activations: str | Non
     return Spec(rows, *sizes, values, activations, sizes[1] // per_group if per_group else 1)
 
 
+def drawn(source: random.Random) -> Spec:
+    """A product as a device's share of some model's might be."""
+    rows, out = source.choice((8, 16, 32, 64)), 128 * source.randint(4, 80)
+    how = source.choice([_KINDS[kind] for kind in ("int8", "w8a8", "e4m3", "e5m2", "e4m3_g128", "int8_g128")])
+    return _spec(rows, (out, 128 * source.randint(4, 64)), *how)
+
+
+_SOURCE = random.Random(1)
 SHAPES = {
     f"{kind}_{name}_{rows}": _spec(rows, sizes, *how)
     for name, sizes in _LAYERS.items()
     for kind, how in _KINDS.items()
     for rows in (64, 2048)
     if (name in _WIDE or (rows == 64 and kind not in _OF_FEW_SHAPES)) and not (rows == 2048 and kind in _OF_FEW_SHAPES)
-}
+} | {f"drawn_{i}": drawn(_SOURCE) for i in range(8)}
