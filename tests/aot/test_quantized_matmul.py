@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.aot]
         Spec(8, 384, 1024, "int8", "int8"),
         Spec(32, 512, 1024, "float8_e4m3fn", groups=8),
         Spec(32, 512, 1024, "int8", groups=32),
+        Spec(32, 512, 4096, "int8", groups=128),
     ],
     ids=lambda spec: spec.about,
 )

@@ -108,9 +108,9 @@ def test_kernel_rounds_rows(chip):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("groups", [1, 2])
-def test_kernel_reads_one_of_several_layers(groups):
-    arguments = case(8, 256, 256, groups, "float8_e4m3fn")
+@pytest.mark.parametrize(("columns", "groups"), [(256, 1), (256, 2), (4096, 128)])
+def test_kernel_reads_one_of_several_layers(columns, groups):
+    arguments = case(8, 128, columns, groups, "float8_e4m3fn")
     x, values, scales = arguments
     stacked = (jnp.stack([-values, values]), jnp.stack([scales * 2, scales]))
     found = quantized_matmul(x, *stacked, layer=jnp.int32(1), implementation="pallas_interpret")

@@ -56,6 +56,11 @@ class Blocked:
         return self.columns // self.groups
 
     @property
+    def sliced(self) -> bool:
+        """Whether scales are this layer's alone: [..., groups] of whole lanes would be laid out anew for all layers."""
+        return self.groups % LANES == 0
+
+    @property
     def copies(self) -> int:
         """Groups within the lanes of a tile: x is multiplied once for each, with the other groups' columns zero."""
         return max(1, LANES // self.per_group)
@@ -81,7 +86,7 @@ class _Refs:
         x, _, scales, _ = self.hbm
         return (
             pltpu.make_async_copy(x, self.x, self.small.at[0]),
-            pltpu.make_async_copy(scales.at[self.layer], self.scales, self.small.at[1]),
+            pltpu.make_async_copy(scales.at[0 if self.blocked.sliced else self.layer], self.scales, self.small.at[1]),
         )
 
     def fetch(self, block: Any) -> Any:
@@ -238,6 +243,8 @@ def quantized_matmul_pallas(
     else:
         prepared = [pltpu.VMEM((blocked.copies, rows, columns), x.dtype)] if blocked.copies > 1 else []
     key = ShapeKey.of(x, values, groups, activations)
+    if blocked.sliced:
+        scales = jax.lax.dynamic_index_in_dim(scales, layer, keepdims=True)
     stacks = (values, scales.swapaxes(1, 2))
     if not interpret:  # else XLA would bring all of a stack that is small enough into VMEM, anew for each layer
         stacks = tuple(pltpu.with_memory_space_constraint(stack, pltpu.HBM) for stack in stacks)
