@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from tpu_inference.kernels.flash_attention import config as flash
 from tpu_inference.kernels.grouped_matmul import config as grouped
 from tpu_inference.kernels.mla import config as mla
+from tpu_inference.kernels.quantized_matmul import config as quantized
 from tpu_inference.kernels.ragged_paged_attention import config as paged
 
 Axes = Mapping[str, Iterable[Any]]
@@ -113,6 +114,13 @@ def _grouped_axes(key: grouped.ShapeKey) -> Axes:
     return {"block_out": outs, "slots": (2, 3, 4, 6)}
 
 
+# Products with quantized weights.
+
+
+def _quantized_axes(key: quantized.ShapeKey) -> Axes:
+    return {"block_out": [n for n in POWERS if quantized.LANES <= n <= key.out], "slots": (2, 3, 4, 6, 8)}
+
+
 PARTS: tuple[Part, ...] = (
     Part(
         paged.OP, "decode", _decode_axes, _decode_fits,
@@ -138,6 +146,12 @@ PARTS: tuple[Part, ...] = (
         lambda key, fields: key.vmem_bytes(fields) <= max(grouped.VMEM_BYTES.values()),
         lambda shape: True,
         lambda shape, fields: fields.within(shape.key(), shape.rows),
+    ),
+    Part(
+        quantized.OP, quantized.PART, _quantized_axes,
+        lambda key, fields: key.vmem_bytes(fields.within(key.out)) <= quantized.MOST_VMEM_BYTES,
+        lambda shape: shape.few,
+        lambda shape, fields: fields.within(shape.out),
     ),
 )  # fmt: skip
 
