@@ -9,11 +9,11 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.mla import api, latent_pages_shape, misfit, mla_attention
-from tpu_inference.kernels.mla.config import Config, ShapeKey, config_for
-from tpu_inference.kernels.ragged_paged_attention.config import DecodeConfig, PrefillConfig
+from tpu_inference.kernels.mla.config import Config, DecodeConfig, ShapeKey, config_for
+from tpu_inference.kernels.ragged_paged_attention.config import PrefillConfig
 
 MIXED = [(40, 1), (0, 1), (15, 1), (3, 7), (17, 20)]
-SMALL = Config(DecodeConfig(pages_per_item=2, slots=4), PrefillConfig(block_tokens=16, pages_per_chunk=2), heads=2)
+SMALL = Config(DecodeConfig(pages_per_item=2, slots=4), PrefillConfig(block_tokens=16, pages_per_chunk=2))
 TABLE = 4
 
 

@@ -130,7 +130,7 @@ PARTS: tuple[Part, ...] = (
         mla.OP, "decode", _mla_axes, _mla_fits,
         lambda shape: all(new == 1 for _, new in shape.rows),
         _decode_of,
-        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill, 1),
+        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill),
     ),
     Part(flash.OP, flash.PART, _flash_axes, _flash_fits, lambda shape: True, lambda shape, fields: fields),
     Part(
