@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the kernels are blocked: a tuned entry for the layer's shape where there is one, else a heuristic."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,12 @@ class DecodeConfig(paged.DecodeConfig):
     """Tokens of a matrix product: the width of a matrix unit of v6e."""
     mixed: bool = False
     """Whether the matrix unit takes pages as they are, beside queries and weights of more bits."""
+
+    def within(self, table_width: int, page_size: int = LANES) -> "DecodeConfig":
+        """The same for rows of up to `table_width` pages: no more tokens an item than it takes, in whole registers of scores."""
+        granule = LANES // math.gcd(LANES, page_size)
+        pages = min(self.pages_per_item, table_width)
+        return replace(self, pages_per_item=-(-pages // granule) * granule)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from tpu_inference.kernels.ragged_paged_attention.paged import (
     LANES,
     MASKED,
     PagedShape,
-    pieces_between,
     sublanes,
 )
 
@@ -77,11 +76,13 @@ class _LatentDecode(Decode):
         return weights.astype(self.shape.compute_dtype), total
 
     def advance(self, done: Item, item: Item, slot_before: Any, slot: Any, starts: list[Callable[[], None]]) -> None:
+        # What branches comes first: the scheduler does not look beyond a branch.
+        starts.pop(0)()
         pl.when(item.valid & (item.chunk == item.first))(lambda: self._scale_queries(slot))
+        self.insert(item, slot)
         tiles, rank = self._tiles(), self.acc.shape[1]
-        piece = pieces_between(starts, 2 * len(tiles))
         old = jnp.where(done.chunk == done.first, FLOOR, self.top[...])
-        top = jnp.maximum(old, jnp.broadcast_to(self.peak[...].max(axis=1, keepdims=True), old.shape))
+        top = jnp.maximum(old, self.peak[...])
         fade = jnp.exp2(old - top)
         total, weights, peak = self.total[...] * fade, [], None
         for tokens in tiles:
@@ -89,12 +90,15 @@ class _LatentDecode(Decode):
             weights.append(tile)
         self.top[...], self.total[...] = top, total
         for tokens in tiles:
-            peak = piece(lambda tokens=tokens, peak=peak: self._score_tile(item, slot, tokens, peak))
-        self.peak[...] = peak
+            peak = self._score_tile(item, slot, tokens, peak)
+        self.peak[...] = jnp.broadcast_to(peak.max(axis=1, keepdims=True), peak.shape)
         acc = self.acc[...] * _repeat(fade, rank)
         for tokens, tile in zip(tiles, weights, strict=True):
-            acc += piece(lambda tokens=tokens, tile=tile: self._dot(tile, self._latents(slot_before, tokens, rank), 0))
-        self.acc[...] = acc
+            self.acc[...] = acc + self._dot(tile, self._latents(slot_before, tokens, rank), 0)
+            acc = self.acc[...]
+        # Reads of latents do not pass the start of a DMA of latents, and the last products leave the scalar unit idle.
+        for start in starts:
+            start()
 
         @pl.when(done.valid & (done.chunk == done.last))
         def _() -> None:

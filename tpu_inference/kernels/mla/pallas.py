@@ -61,7 +61,7 @@ def attend_pallas(
     # Rows of one token come first: of each the token is the row's number.
     out, pages = decode_rows(
         out, q_rope, words(new[:, None], pages.dtype), pages, block_tables, seq_lens, scalars, factors,
-        config=config.decode.within(table_width), interpret=interpret,
+        config=config.decode.within(table_width, pages.shape[3]), interpret=interpret,
     )  # fmt: skip
     tables = (block_tables, seq_lens, query_start_loc, scalars)
     flat = jnp.pad(new.astype(pages.dtype), ((0, -num_tokens % block), (0, 0)))

@@ -212,7 +212,8 @@ class Decode:
         self.busy[slot] = 1
 
     def advance(self, done: Item, item: Item, slot_before: Any, slot: Any, starts: list[Callable[[], None]]) -> None:
-        """Score `item`, and weigh the values of the item before; `starts` are called on the way."""
+        """Score `item`, after its new token, and weigh the values of the item before; `starts` are called on the way."""
+        self.insert(item, slot)
         scores = self.scores[...]
         piece = pieces_between(starts, 2 * self.shape.num_kv_heads * len(self._pieces()))
         next_scores = self.score(slot, piece)
@@ -248,7 +249,6 @@ class Decode:
             slot_before, free = (jnp.where(slot < n, slot + slots - n, slot - n) for n in (1, 2))
             self.release(slot)
             self.arrive(item, slot)
-            self.insert(item, slot)
             self.advance(done, item, slot_before, slot, self.fetch(coming, free))
             return place, self.after(item), self.after(coming), jnp.where(slot == slots - 1, 0, slot + 1)
 
