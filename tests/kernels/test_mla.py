@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention: its forms against the reference, and the reference against attention that is not absorbed."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,12 +36,12 @@ def make_batch(rows, *, heads=4, rank=128, rope=64, page=64, platform="tpu", dty
     )  # fmt: skip
 
 
-def compare(form, rows, *, atol=2e-5, kv_scale=None, offset=0, **shape):
+def compare(form, rows, *, atol=2e-5, kv_scale=None, offset=0, config=SMALL, **shape):
     """The form's output and pages equal the reference's."""
     args = make_batch(rows, **shape)
     (out, pages), (expected, expected_pages) = (
         mla_attention(
-            *args, offset, scale=0.07, kv_scale=kv_scale, implementation=name, config=SMALL if name == form else None
+            *args, offset, scale=0.07, kv_scale=kv_scale, implementation=name, config=config if name == form else None
         )
         for name in (form, "reference")
     )
@@ -94,11 +96,14 @@ class TestInterpreted:
     def test_bfloat16(self):
         compare("pallas_interpret", MIXED, dtype=jnp.bfloat16, atol=0.03)
 
+    def test_short_floats_as_they_are(self):
+        config = replace(SMALL, decode=replace(SMALL.decode, mixed=True))
+        cache = dict(dtype=jnp.bfloat16, cache=jnp.float8_e4m3b11fnuz, kv_scale=0.05)
+        compare("pallas_interpret", MIXED[:3], config=config, atol=0.03, **cache)
+
     @pytest.mark.parametrize("cache", [jnp.float8_e4m3fn, jnp.float8_e4m3b11fnuz, jnp.int8])
     def test_pages_of_a_byte_a_number(self, cache):
-        compare(
-            "pallas_interpret", MIXED, cache=cache, kv_scale=0.02 if cache == jnp.int8 else 0.05, atol=3e-4
-        )
+        compare("pallas_interpret", MIXED, cache=cache, kv_scale=0.02 if cache == jnp.int8 else 0.05, atol=3e-4)
 
 
 def test_one_layer_of_a_pool():

@@ -14,8 +14,10 @@ from tpu_inference.kernels.ragged_paged_attention.pages import LANES
 from tpu_inference.kernels.tuned import lookup
 
 OP = "mla"
-ITEM_TOKENS, SLOTS = 1024, 5
+ITEM_TOKENS, LONG_ITEM_TOKENS, SLOTS = 1024, 2048, 5
 """Of an item of decoding: fewer tokens are more passes over the sums of all heads."""
+MANY_HEADS = 64
+"""From so many on, products and not HBM bound a decode from pages of a byte a number: longer items empty the matrix units less often."""
 BLOCK_TOKENS, CHUNK_TOKENS = 64, 512
 HEADS = 16
 """That a block of queries of prefill has, which visits the context once for each so many; a tile of memory's rows, of 16 bits each."""
@@ -85,7 +87,8 @@ class ShapeKey:
 
 def heuristic(key: ShapeKey, chip: str | None) -> Config:
     """Blocks from arithmetic alone; `chip` is a name of a tuned table, None for any."""
-    pages = key.pages_within(ITEM_TOKENS)
+    bound = key.num_heads >= MANY_HEADS and jnp.dtype(key.cache_dtype).itemsize == 1
+    pages = key.pages_within(LONG_ITEM_TOKENS if bound else ITEM_TOKENS)
     slots = min(SLOTS, VMEM_BYTES // (pages * key.page_size * key.token_bytes))
     mixed = key.dtype == "bfloat16" and _MIXED.get(chip or "") == key.cache_dtype
     prefill = PrefillConfig(BLOCK_TOKENS, key.pages_within(CHUNK_TOKENS))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Pallas kernel of rows with one token: writes the token's latent into its page and attends over the row's pages.
 
-Items, their ring and their DMAs are those of paged attention. The arithmetic is its own, since all heads share a key and its value: a step of the loop
-weighs the values of one item and scores the keys of the next, in tiles as wide as a matrix unit. Products go to the matrix units in the order
-of the program, scores first: they wait for nothing, and hide the softmax of the item before. Items of latents are the weights of both products, so short
+Items, their ring and their DMAs are those of paged attention. The arithmetic is its own, since all heads share a key and its value: a step of the
+loop weighs the values of one item and scores the keys of the next, in tiles as wide as a matrix unit. Products go to the matrix units in the order of
+the program, scores first: they wait for nothing, and hide the softmax of the item before. Latents are the weights of both products, so short
 floats go there as they are, where the chip has that.
 """
 
@@ -36,9 +36,7 @@ class _LatentDecode(Decode):
         pairs = [(first, self.out, self.q.at[slot]), (first, self.rope_in, self.rope.at[slot])]
         pairs += [(last, new, self.new.at[slot, plane]) for plane, new in enumerate(self.new_in)]
         sem = self.row_sem.at[slot]
-        return [
-            (needed, pltpu.make_async_copy(source.at[item.row], target, sem)) for needed, source, target in pairs
-        ]
+        return [(needed, pltpu.make_async_copy(source.at[item.row], target, sem)) for needed, source, target in pairs]
 
     def _scale_queries(self, slot: Any) -> None:
         rank, rope = self.q.shape[-1], self.rope.shape[-1]
@@ -76,9 +74,6 @@ class _LatentDecode(Decode):
         return weights.astype(self.shape.compute_dtype), total
 
     def advance(self, done: Item, item: Item, slot_before: Any, slot: Any, starts: list[Callable[[], None]]) -> None:
-        # What branches comes first: the scheduler does not look beyond a branch.
-        starts.pop(0)()
-        pl.when(item.valid & (item.chunk == item.first))(lambda: self._scale_queries(slot))
         self.insert(item, slot)
         tiles, rank = self._tiles(), self.acc.shape[1]
         old = jnp.where(done.chunk == done.first, FLOOR, self.top[...])
@@ -100,18 +95,48 @@ class _LatentDecode(Decode):
         for start in starts:
             start()
 
+    def finish_row(self, done: Item, slot: Any) -> None:
         @pl.when(done.valid & (done.chunk == done.last))
         def _() -> None:
             share = self.factors[1] / self.total[...].sum(axis=1, keepdims=True)
-            self.out_stage[slot_before] = (self.acc[...] * share).astype(self.out_stage.dtype)
-            self.send(done, slot_before)
+            self.out_stage[slot] = (self.acc[...] * share).astype(self.out_stage.dtype)
+            self.send(done, slot)
+
+    def enter(self, item: Item, slot: Any) -> None:
+        """Have all that `advance` needs of an item to score."""
+        self.release(slot)
+        self.arrive(item, slot)
+        pl.when(item.valid & (item.chunk == item.first))(lambda: self._scale_queries(slot))
+
+    # The loop. What branches is at the end of a step, since the scheduler does not look beyond a branch.
 
     def run(self) -> None:
         # What no query fills is multiplied by what no latent fills, and the first item comes after none: all of it must be finite.
-        for ref in (self.scaled, self.scores, self.top, self.total, self.acc):
+        for ref in (self.kv, self.scaled, self.top, self.total, self.acc):
             ref[...] = jnp.zeros_like(ref)
-        self.peak[...] = jnp.full_like(self.peak, MASKED)
-        super().run()
+        for ref in (self.scores, self.peak):
+            ref[...] = jnp.full_like(ref, MASKED)
+        slots, start = self.config.slots, (jnp.int32(0), jnp.int32(0))
+        for slot in range(slots):
+            self.busy[slot] = 0
+        ahead = jax.lax.fori_loop(0, slots - 2, self.fill, start)
+        self.enter(self.at(*start), 0)
+
+        def step(carry: tuple) -> tuple:
+            before, place, ahead, slot = carry
+            done, item, coming = self.at(*before), self.at(*place), self.at(*ahead)
+            slot_before, free = (jnp.where(slot < n, slot + slots - n, slot - n) for n in (1, 2))
+            slot_after, following = jnp.where(slot == slots - 1, 0, slot + 1), self.after(item)
+            start_row, *starts = self.fetch(coming, free)
+            self.advance(done, item, slot_before, slot, starts)
+            self.finish_row(done, slot_before)
+            start_row()
+            self.enter(self.at(*following), slot_after)
+            return place, following, self.after(coming), slot_after
+
+        jax.lax.while_loop(self.more, step, ((jnp.int32(-1), jnp.int32(0)), start, ahead, jnp.int32(0)))
+        for slot in range(slots):
+            self.release(slot)
 
 
 def _repeat(x: jax.Array, width: int) -> jax.Array:

@@ -55,9 +55,7 @@ def attend_pallas(
     factors = jnp.stack([q_factor(scale) * kv_scale, kv_scale])
     prefill = config.prefill.within(table_width, num_tokens)
     block = max(prefill.block_tokens, sublanes(pages.dtype))
-    out, q_rope = (
-        jnp.pad(x, ((0, -num_tokens % block), (0, -num_heads % HEADS), (0, 0))) for x in (q_latent, q_rope)
-    )
+    out, q_rope = (jnp.pad(x, ((0, -num_tokens % block), (0, -num_heads % HEADS), (0, 0))) for x in (q_latent, q_rope))
     # Rows of one token come first: of each the token is the row's number.
     out, pages = decode_rows(
         out, q_rope, words(new[:, None], pages.dtype), pages, block_tables, seq_lens, scalars, factors,

@@ -47,9 +47,7 @@ class _LatentPrefill(Prefill):
     def q_copy(self, block: Any, head: Any, slot: Any) -> _Copies:
         pairs = ((self.out, self.q), (self.rope_in, self.rope))
         sem = self.q_sem.at[slot]
-        return _Copies(
-            tuple(pltpu.make_async_copy(self.block_of(x, block, head), to.at[slot], sem) for x, to in pairs)
-        )
+        return _Copies(tuple(pltpu.make_async_copy(self.block_of(x, block, head), to.at[slot], sem) for x, to in pairs))
 
     def queries_of(self, q_slot: Any, q: pl.Slice) -> jax.Array:
         return self.scaled[q]

@@ -227,6 +227,17 @@ class Decode:
 
     # The loop.
 
+    def fill(self, slot: Any, place: tuple) -> tuple:
+        """Starts the DMAs of the item at `place`, and goes on to the next."""
+        item = self.at(*place)
+        for begin in self.fetch(item, slot):
+            begin()
+        return self.after(item)
+
+    def more(self, carry: tuple) -> Any:
+        """Whether the item before is one, or is still to come."""
+        return (carry[0][0] < self.num_decodes) & (self.num_decodes > 0)
+
     def run(self) -> None:
         slots = self.config.slots
         # What no DMA fills is read, masked, as V: it must be finite.
@@ -235,13 +246,7 @@ class Decode:
             self.busy[slot] = 0
         start = (jnp.int32(0), self._first_chunk(self.seq_lens[0]))
 
-        def fill(slot: Any, place: tuple) -> tuple:
-            item = self.at(*place)
-            for begin in self.fetch(item, slot):
-                begin()
-            return self.after(item)
-
-        ahead = jax.lax.fori_loop(0, slots - 2, fill, start)
+        ahead = jax.lax.fori_loop(0, slots - 2, self.fill, start)
 
         def step(carry: tuple) -> tuple:
             before, place, ahead, slot = carry
@@ -252,11 +257,8 @@ class Decode:
             self.advance(done, item, slot_before, slot, self.fetch(coming, free))
             return place, self.after(item), self.after(coming), jnp.where(slot == slots - 1, 0, slot + 1)
 
-        def more(carry: tuple) -> Any:
-            return (carry[0][0] < self.num_decodes) & (self.num_decodes > 0)
-
         nothing = (jnp.int32(-1), jnp.int32(0))
-        jax.lax.while_loop(more, step, (nothing, start, ahead, jnp.int32(0)))
+        jax.lax.while_loop(self.more, step, (nothing, start, ahead, jnp.int32(0)))
         for slot in range(slots):
             self.release(slot)
 
