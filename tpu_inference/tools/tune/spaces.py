@@ -77,8 +77,15 @@ def _mla_axes(key: mla.ShapeKey) -> Axes:
     return {"pages_per_item": pages, "slots": (3, 4, 5, 6), "piece": (256, 512, 1024)}
 
 
-def _mla_fits(key: mla.ShapeKey, fields: paged.DecodeConfig) -> bool:
+def _mla_fits(key: mla.ShapeKey, fields: mla.DecodeConfig) -> bool:
     return fields.slots * fields.pages_per_item * key.page_size * key.token_bytes <= paged.VMEM_BYTES
+
+
+def _mla_of(shape: Any, fields: mla.DecodeConfig) -> mla.DecodeConfig:
+    """A piece that does not divide an item is all of it."""
+    fields = fields.within(shape.table_width, shape.page_size)
+    tokens = fields.pages_per_item * shape.page_size
+    return replace(fields, piece=tokens if tokens % fields.piece else fields.piece)
 
 
 # Flash attention.
@@ -137,8 +144,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         mla.OP, "decode", _mla_axes, _mla_fits,
         lambda shape: all(new == 1 for _, new in shape.rows),
-        _decode_of,
-        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill, 1),
+        _mla_of,
+        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill),
     ),
     Part(flash.OP, flash.PART, _flash_axes, _flash_fits, lambda shape: True, lambda shape, fields: fields),
     Part(
