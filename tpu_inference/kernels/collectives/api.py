@@ -5,15 +5,23 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.collectives.all_gather_matmul import all_gather_matmul_pallas
-from tpu_inference.kernels.collectives.all_to_all import ragged_all_to_all_pallas
 from tpu_inference.kernels.collectives.config import (
-    GATHER, SCATTER, GatherConfig, ReduceScatterConfig, ShapeKey, config_for, misfit,
-)  # fmt: skip
-from tpu_inference.kernels.collectives.matmul_reduce_scatter import matmul_reduce_scatter_pallas
+    GATHER,
+    SCATTER,
+    GatherConfig,
+    ReduceScatterConfig,
+    ShapeKey,
+    config_for,
+    misfit,
+)
+from tpu_inference.kernels.collectives.exchange import ragged_all_to_all_pallas
+from tpu_inference.kernels.collectives.gather import all_gather_matmul_pallas
 from tpu_inference.kernels.collectives.reference import (
-    all_gather_matmul_reference, matmul_reduce_scatter_reference, ragged_all_to_all_reference,
-)  # fmt: skip
+    all_gather_matmul_reference,
+    matmul_reduce_scatter_reference,
+    ragged_all_to_all_reference,
+)
+from tpu_inference.kernels.collectives.scatter import matmul_reduce_scatter_pallas
 from tpu_inference.kernels.forms import Implementation, chip_of
 
 _INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
@@ -48,6 +56,8 @@ def all_gather_matmul(
     config = config or config_for(key, GATHER, chip_of(implementation))
     if size % config.shards or key.out % config.block_out:
         raise ValueError(f"{config} does not divide {size} devices and {key.out} outputs")
+    if config.slots < min(2, key.out // config.block_out) or (config.alone and config.shards < 2):
+        raise ValueError(f"{config} has too few slots, or a share alone that is alone anyhow")
     return all_gather_matmul_pallas(x, weight, axis_name, config=config, interpret=_INTERPRET[implementation])
 
 

@@ -23,9 +23,13 @@ LEAST_VMEM_LIMIT = 16 * MIB
 RIDGE_ROWS: Mapping[str | None, int] = {"v5e": 256, "v6e": 576, "v5p": 192, "tpu7x": 384}
 """Rows by which a weight is multiplied in the time that it takes to come from HBM."""
 FEW_ROWS = 256
+"""Of a product at a time."""
+MOST_OUT = 1024
+"""Of a block."""
 
 
-def _tile_rows(dtype: Any) -> int:
+def tile_rows(dtype: Any) -> int:
+    """Rows that are put into memory together."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
@@ -36,6 +40,10 @@ class GatherConfig:
     shards: int
     """Multiplied by one pass over the weights; divides the number of devices."""
     block_out: int
+    slots: int = 2
+    """Blocks of weights in VMEM, at least two unless there is but one block. As many as there are blocks, and weights are read once."""
+    alone: bool = False
+    """Whether the first pass is two: of the own share, while others are on their way, and of the others. Of two shards or more."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,14 @@ class ShapeKey:
     def gather_bytes(self, config: GatherConfig) -> int:
         """VMEM: two of rows, weights and outputs each, and a product in float32."""
         rows = config.shards * self.rows
-        blocks = rows * (self.columns + config.block_out) + config.block_out * self.columns
-        return 2 * blocks * self.itemsize + 4 * min(rows, FEW_ROWS) * config.block_out
+        blocks = 2 * rows * (self.columns + config.block_out) + config.slots * config.block_out * self.columns
+        return blocks * self.itemsize + 4 * min(rows, FEW_ROWS) * config.block_out
 
     def reduce_scatter_bytes(self, config: ReduceScatterConfig, sum_bytes: int = 4) -> int:
         """VMEM: two of rows, weights and outputs each, the blocks whose sums are under way, and those sums."""
         n, rows, out = self.devices, config.block_rows, config.block_out
         # Half a tile takes a whole one.
-        padded = max(rows, _tile_rows(self.dtype))
+        padded = max(rows, tile_rows(self.dtype))
         blocks = n * padded * self.columns + out * self.columns + padded * out
         sums = 4 * (n - 1) * max(rows, 32 // sum_bytes) * out * sum_bytes
         return 2 * blocks * self.itemsize + n * n * rows * out * 4 + sums + 4 * FEW_ROWS * out
@@ -96,8 +104,8 @@ def misfit(key: ShapeKey, part: str) -> str | None:
     lanes = LANES if part == GATHER else 2 * LANES
     if key.out % lanes:
         return f"{key.out} outputs are not a multiple of {lanes}"
-    if key.rows % _tile_rows(key.dtype):
-        return f"{key.rows} rows a device are not a multiple of {_tile_rows(key.dtype)}"
+    if key.rows % tile_rows(key.dtype):
+        return f"{key.rows} rows a device are not a multiple of {tile_rows(key.dtype)}"
     return None
 
 
@@ -107,21 +115,27 @@ def _blocks(out: int, unit: int) -> list[int]:
 
 
 def heuristic_gather(key: ShapeKey, chip: str | None) -> GatherConfig:
-    """As few shards a pass as still hide the weights, or as have rows enough; then the largest blocks of weights of which there are some."""
+    """Weights that stay, and one share after the other, where VMEM holds them; else as few shares a pass as still hide the weights."""
     budget, ridge = VMEM_BYTES.get(chip, LEAST_VMEM_BYTES), RIDGE_ROWS.get(chip, FEW_ROWS)
+    blocks = [n for n in _blocks(key.out, LANES) if n <= MOST_OUT]
     divisors = [d for d in range(1, key.devices + 1) if key.devices % d == 0]
+    enough = next((d for d in divisors if d * key.rows >= FEW_ROWS // 2), key.devices)
+    for block in blocks[:1]:
+        stays = GatherConfig(enough, block, key.out // block)
+        if key.gather_bytes(stays) <= budget:
+            return stays
     wanted = next((d for d in divisors if d * key.rows >= ridge), key.devices)
     for shards in reversed([d for d in divisors if d <= wanted]):
-        for block in _blocks(key.out, LANES):
-            config = GatherConfig(shards, block)
-            if block <= 1024 and key.gather_bytes(config) <= budget:
+        for block in blocks:
+            config = GatherConfig(shards, block, min(2, key.out // block), shards > 1 and key.rows >= FEW_ROWS // 2)
+            if key.gather_bytes(config) <= budget:
                 return config
     return GatherConfig(1, LANES)
 
 
 def heuristic_reduce_scatter(key: ShapeKey, chip: str | None) -> ReduceScatterConfig:
     """All rows at once where VMEM holds them, since weights are read once for each block of them."""
-    budget, tile = VMEM_BYTES.get(chip, LEAST_VMEM_BYTES), _tile_rows(key.dtype)
+    budget, tile = VMEM_BYTES.get(chip, LEAST_VMEM_BYTES), tile_rows(key.dtype)
     for rows in [n for n in range(key.rows, 0, -tile) if key.rows % n == 0]:
         # Hops without products begin and end it: there are to be many blocks, but none so small that its hops cost more than its product.
         for block in (512, 256):
@@ -129,6 +143,19 @@ def heuristic_reduce_scatter(key: ShapeKey, chip: str | None) -> ReduceScatterCo
             if key.out % block == 0 and key.reduce_scatter_bytes(config) <= budget:
                 return config
     return ReduceScatterConfig(tile, 2 * LANES)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Of both, as the tuner takes it."""
+
+    gather: GatherConfig
+    scatter: ReduceScatterConfig
+
+
+def heuristic(key: ShapeKey, chip: str | None) -> Config:
+    """`chip` is a name of a tuned table, None for any."""
+    return Config(heuristic_gather(key, chip), heuristic_reduce_scatter(key, chip))
 
 
 def config_for(key: ShapeKey, part: str, chip: str | None) -> Any:

@@ -32,7 +32,19 @@ def _pieces(count: Any, most: int, do: Any) -> None:
         done, size = done + jnp.where(here, size, 0), size // 2
 
 
-def _body(first: Any, target: Any, sizes: Any, coming: Any, x: Any, out: Any, sent: Any, received: Any, *, ring: Ring, most: int) -> None:
+def _body(
+    first: Any,
+    target: Any,
+    sizes: Any,
+    coming: Any,
+    x: Any,
+    out: Any,
+    sent: Any,
+    received: Any,
+    *,
+    ring: Ring,
+    most: int,
+) -> None:
     """Scalars int32: of each device the first row for it here, the first row that these take there, and how many they are; [2]: how many rows
     come in all, and go."""
     ring.meet_all()

@@ -19,7 +19,7 @@ from tpu_inference.kernels.collectives.ring import Ring, Way
 NAME = "matmul_reduce_scatter"
 COLLECTIVE_ID = 11
 WAYS: tuple[Way, Way] = (1, -1)
-MOST_ROWS = 256
+MOST_ROWS = 512
 """Of a product at a time."""
 
 

@@ -14,10 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.collectives.config import (
-    FEW_ROWS, LEAST_VMEM_LIMIT, SPARE_VMEM_BYTES, GatherConfig, ShapeKey, _tile_rows,
-)  # fmt: skip
-from tpu_inference.kernels.collectives.matmul_reduce_scatter import WAYS, dot
+    FEW_ROWS,
+    LEAST_VMEM_LIMIT,
+    SPARE_VMEM_BYTES,
+    GatherConfig,
+    ShapeKey,
+    tile_rows,
+)
 from tpu_inference.kernels.collectives.ring import Ring
+from tpu_inference.kernels.collectives.scatter import WAYS, dot
 
 NAME = "all_gather_matmul"
 COLLECTIVE_ID = 10
@@ -31,15 +36,38 @@ class _Blocked:
     rows: int
     """Of a share."""
     tile: int
-    shards: int
-    """Of a pass over the weights."""
-    block: int
+    config: GatherConfig
     blocks: int
     """Of outputs."""
 
     @property
+    def shards(self) -> int:
+        return self.config.shards
+
+    @property
+    def block(self) -> int:
+        return self.config.block_out
+
+    @property
     def passes(self) -> int:
-        return self.ring.size // self.shards
+        return self.ring.size // self.shards + self.config.alone
+
+    @property
+    def fetches(self) -> int:
+        """Of blocks of weights: once each where all have a slot."""
+        return self.blocks * (1 if self.config.slots >= self.blocks else self.passes)
+
+    def first(self, turn: Any) -> Any:
+        """Which of the shares, in order of arrival, is a pass's first."""
+        if not self.config.alone:
+            return turn * self.shards
+        if isinstance(turn, int):
+            return min(turn, 1) if turn < 2 else (turn - 1) * self.shards
+        return jnp.where(turn < 2, turn, (turn - 1) * self.shards)
+
+    def count(self, turn: Any) -> Any:
+        """Shares of a pass."""
+        return self.first(turn + 1) - self.first(turn)
 
     @property
     def hops(self) -> int:
@@ -54,7 +82,7 @@ class _Blocked:
 
     def hops_for(self, turn: int) -> int:
         """How many hops bring all shares of a pass: the i-th share, own one first, comes with hop ceil(i / 2)."""
-        return min(self.hops, ((turn + 1) * self.shards) // 2)
+        return min(self.hops, self.first(turn + 1) // 2)
 
     def hops_within(self, turn: int) -> list[tuple[int, int]]:
         """(hop, block before which it is waited for and the next is sent) of a pass: those that the next pass needs, spread."""
@@ -62,15 +90,23 @@ class _Blocked:
         count = last - first
         return [(first + i, max((i * self.blocks) // count - 1, 0)) for i in range(1, count + 1)]
 
+    def pieces(self) -> tuple[int, int]:
+        """(shares, rows of each) that are multiplied at a time."""
+        if self.rows > FEW_ROWS // 2 or self.config.alone or self.shards == 1:
+            sizes = [d for d in range(self.tile, self.rows + 1, self.tile) if self.rows % d == 0]
+            return 1, max(d for d in sizes if d == self.tile or d <= FEW_ROWS)
+        counts = [d for d in range(1, self.shards + 1) if self.shards % d == 0]
+        return max(d for d in counts if d * self.rows <= FEW_ROWS), self.rows
+
 
 class _Kernel:
-    """The stages. x [rows, in] is the own share; gathered [n, rows, in] in HBM; xs [2, shards, rows, in] of a pass and outs [2, shards, rows,
-    block] of a block, in VMEM."""
+    """The stages. x [rows, in] is the own share; gathered [n, rows, in] in HBM; weights [slots, block, in] in VMEM, xs [2, shards,
+    rows, in] of a pass and outs [2, shards, rows, block] of a block."""
 
     def __init__(self, blocked: _Blocked, *refs: Any) -> None:
         self.b = blocked
-        (self.x, self.weight, self.out, self.gathered, self.xs, self.outs) = refs[:6]
-        (self.sent, self.received, self.loaded, self.stored) = refs[6:]
+        self.x, self.weight, self.out, self.gathered, self.xs, self.weights, self.outs = refs[:7]
+        self.sent, self.received, self.loaded, self.fetched, self.stored = refs[7:]
 
     def hop(self, hop: int, index: int) -> Any | None:
         """What this device sends in a hop; waiting for its arrival is waiting for the other neighbour's."""
@@ -100,45 +136,59 @@ class _Kernel:
         distance = jax.lax.div(i + 1, 2)
         return self.b.ring.place(jnp.where(jax.lax.rem(i, 2) == 1, -distance, distance))
 
+    def fetch(self, unit: Any, do: str) -> None:
+        """Start or wait for a unit's block of weights, where it is not there from an earlier pass."""
+        block, slot = jax.lax.rem(unit, self.b.blocks), self.slot(unit)
+
+        @pl.when(unit < self.b.fetches)
+        def _() -> None:
+            source = self.weight.at[pl.ds(pl.multiple_of(block * self.b.block, self.b.block), self.b.block)]
+            getattr(pltpu.make_async_copy(source, self.weights.at[slot], self.fetched.at[slot]), do)()
+
+    def slot(self, unit: Any) -> jax.Array:
+        return jax.lax.rem(unit, min(self.b.config.slots, self.b.blocks))
+
     def load(self, turn: Any, do: str) -> None:
         """Start or wait for the copies of a pass's shares into VMEM."""
         slot = jax.lax.rem(turn, 2)
         for i in range(self.b.shards):
-            place = turn * self.b.shards + i
+            place = self.b.first(turn) + i
             target, done = self.xs.at[slot, i], self.loaded.at[slot, i]
 
             def move(source: Any, target: Any = target, done: Any = done) -> None:
                 getattr(pltpu.make_async_copy(source, target, done), do)()
 
-            if i:
-                move(self.gathered.at[self.share(place)])
-                continue
-            pl.when(place == 0)(lambda move=move: move(self.x))
-            pl.when(place > 0)(lambda move=move, place=place: move(self.gathered.at[self.share(place)]))
+            if i == 0:
+                pl.when(place == 0)(lambda move=move: move(self.x))
+            here = (i < self.b.count(turn)) & (place > 0)
+            pl.when(here)(lambda move=move, place=place: move(self.gathered.at[self.share(place)]))
 
     def store(self, unit: Any, do: str) -> None:
         """Start or wait for the copies of a block's outputs to where their shares are."""
         turn, block, slot = jax.lax.div(unit, self.b.blocks), jax.lax.rem(unit, self.b.blocks), jax.lax.rem(unit, 2)
         columns = pl.ds(pl.multiple_of(block * self.b.block, self.b.block), self.b.block)
         for i in range(self.b.shards):
-            target = self.out.at[self.share(turn * self.b.shards + i), :, columns]
-            getattr(pltpu.make_async_copy(self.outs.at[slot, i], target, self.stored.at[slot, i]), do)()
 
-    def multiply(self, slot: Any, out_slot: Any) -> None:
+            @pl.when(i < self.b.count(turn))
+            def _(i: int = i) -> None:
+                target = self.out.at[self.share(self.b.first(turn) + i), :, columns]
+                getattr(pltpu.make_async_copy(self.outs.at[slot, i], target, self.stored.at[slot, i]), do)()
+
+    def multiply(self, turn: Any, unit: Any) -> None:
         """All rows of the pass by the block of weights."""
-        b = self.b
-        together = max(d for d in range(1, b.shards + 1) if b.shards % d == 0 and (d == 1 or d * b.rows <= FEW_ROWS))
-        rows = b.rows if together > 1 else max(d for d in range(b.tile, b.rows + 1, b.tile) if b.rows % d == 0 and (d == b.tile or d <= FEW_ROWS))
+        b, weights = self.b, self.weights.at[self.slot(unit)]
+        slot, out_slot = jax.lax.rem(turn, 2), jax.lax.rem(unit, 2)
+        together, rows = b.pieces()
         pieces = b.rows // rows
 
         def some(i: Any, _: None) -> None:
             shares = pl.ds(jax.lax.div(i, pieces) * together, together)
             at = pl.ds(pl.multiple_of(jax.lax.rem(i, pieces) * rows, b.tile), rows)
             x = self.xs[slot, shares, at].reshape(together * rows, self.xs.shape[3])
-            product = dot(x, self.weight[...]).astype(self.outs.dtype)
+            product = dot(x, weights[...]).astype(self.outs.dtype)
             self.outs[out_slot, shares, at] = product.reshape(together, rows, b.block)
 
-        jax.lax.fori_loop(jnp.int32(0), jnp.int32(b.shards // together * pieces), some, None)
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(b.count(turn) // together * pieces), some, None)
 
     def run(self) -> None:
         b, turn, block = self.b, pl.program_id(0), pl.program_id(1)
@@ -146,6 +196,8 @@ class _Kernel:
 
         @pl.when(unit == 0)
         def _() -> None:
+            for ahead in range(b.config.slots - 1):
+                self.fetch(jnp.int32(ahead), "start")
             b.ring.meet_neighbours()
             self.start(1)
             for hop in range(1, b.hops_for(0) + 1):
@@ -159,7 +211,9 @@ class _Kernel:
         pl.when((block == b.blocks - 1) & (turn + 1 < b.passes))(lambda: self.load(turn + 1, "start"))
         pl.when(block == 0)(lambda: self.load(turn, "wait"))
         pl.when(unit >= 2)(lambda: self.store(unit - 2, "wait"))
-        self.multiply(jax.lax.rem(turn, 2), jax.lax.rem(unit, 2))
+        self.fetch(unit + b.config.slots - 1, "start")  # to where the block before this one was
+        self.fetch(unit, "wait")
+        self.multiply(turn, unit)
         self.store(unit, "start")
 
         @pl.when(unit == units - 1)
@@ -178,8 +232,8 @@ def all_gather_matmul_pallas(
 ) -> jax.Array:
     """As the op, for two devices or more, and shapes that `misfit` finds nothing against."""
     size, (rows, columns), out = jax.lax.axis_size(axis_name), x.shape, weight.shape[0]
-    shards, block = config.shards, config.block_out
-    blocked = _Blocked(Ring(axis_name, size), rows, _tile_rows(x.dtype), shards, block, out // block)
+    shards, block, slots = config.shards, config.block_out, config.slots
+    blocked = _Blocked(Ring(axis_name, size), rows, tile_rows(x.dtype), config, out // block)
     limit = ShapeKey.of(x, weight, size, gathers=True).gather_bytes(config) + SPARE_VMEM_BYTES
     anywhere = pl.BlockSpec(memory_space=pltpu.HBM)
     product, _ = pl.pallas_call(
@@ -189,14 +243,16 @@ def all_gather_matmul_pallas(
             jax.ShapeDtypeStruct((size, rows, columns), x.dtype),
         ],
         grid=(blocked.passes, blocked.blocks),
-        in_specs=[anywhere, pl.BlockSpec((block, columns), lambda turn, block: (block, 0))],
+        in_specs=[anywhere, anywhere],
         out_specs=[anywhere, anywhere],
         scratch_shapes=[
             pltpu.VMEM((2, shards, rows, columns), x.dtype),
+            pltpu.VMEM((slots, block, columns), x.dtype),
             pltpu.VMEM((2, shards, rows, block), x.dtype),
             pltpu.SemaphoreType.DMA((2, blocked.hops)),
             pltpu.SemaphoreType.DMA((2, blocked.hops)),
             pltpu.SemaphoreType.DMA((2, shards)),
+            pltpu.SemaphoreType.DMA((slots,)),
             pltpu.SemaphoreType.DMA((2, shards)),
         ],
         compiler_params=pltpu.CompilerParams(
