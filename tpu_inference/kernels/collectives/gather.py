@@ -67,7 +67,7 @@ class _Blocked:
 
     def count(self, turn: Any) -> Any:
         """Shares of a pass."""
-        return self.first(turn + 1) - self.first(turn)
+        return self.first(turn + 1) - self.first(turn) if self.config.alone else self.shards
 
     @property
     def hops(self) -> int:
