@@ -19,6 +19,7 @@ from tpu_inference.layers.common.quantization import (
     quantized,
     rounded,
     scales_of_rows,
+    without_minus_zero,
 )
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 
@@ -201,6 +202,15 @@ def test_a_dequantized_matrix_is_what_its_values_mean():
     for box in ((slice(0, ROWS), slice(0, COLUMNS)), (slice(3, 7), slice(5, 19))):
         found = source.read(lambda name, index=(): tensors[name][index] if index else tensors[name], "l.weight", box)
         np.testing.assert_allclose(found, meant[box], rtol=1e-6)
+
+
+def test_minus_zero_of_e4m3_is_zero():
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    found = without_minus_zero(every)
+    np.testing.assert_array_equal(found.astype(np.float32), every.astype(np.float32))
+    assert (found.view(np.uint8) != 0x80).all()
+    other = np.array([-0.0], np.float32)
+    assert without_minus_zero(other) is other
 
 
 def test_layers_that_are_not_alike():

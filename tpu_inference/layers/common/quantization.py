@@ -57,6 +57,14 @@ def has_nan_bytes(values: np.ndarray) -> bool:
     return values.dtype == _E4M3 and bool(((values.view(np.uint8) & 0x7F) == 0x7F).any())
 
 
+def without_minus_zero(values: np.ndarray) -> np.ndarray:
+    """The same numbers; e4m3 without -0, whose bits are NaN where chips before tpu7x read them with another bias (`kernels.grouped_matmul`)."""
+    if values.dtype != _E4M3:
+        return values
+    bits = values.view(np.uint8)
+    return np.where(bits == 0x80, np.uint8(0), bits).view(_E4M3)
+
+
 def scales_of_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
     """float32 [rows, 1]: what the greatest value of `dtype` means in each row."""
     return np.abs(weight.astype(np.float32)).max(axis=1, keepdims=True) / GREATEST[dtype]

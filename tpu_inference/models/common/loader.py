@@ -15,7 +15,7 @@ from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.cache_scales import CacheScaleSource
 from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, ScalarSource
-from tpu_inference.layers.common.quantization import ScaleSource, has_nan_bytes
+from tpu_inference.layers.common.quantization import ScaleSource, has_nan_bytes, without_minus_zero
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, leaves, map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError, nan_problem
@@ -131,7 +131,7 @@ def load_weight(spec: WeightSpec, checkpoint: Checkpoint, mesh: Mesh) -> jax.Arr
             found = [s.start + i for s, i in zip(stacked, at, strict=True)]
             layer = spec.layer if spec.layers is None else spec.first_layer + found[0]
             _fill(out[at], spec, checkpoint, dict(layer=layer, expert=None if spec.experts is None else found[-1]), box)
-        return out
+        return without_minus_zero(out)
 
     abstract = spec.abstract(mesh)
     return jax.make_array_from_callback(spec.device_shape, abstract.sharding, shard)

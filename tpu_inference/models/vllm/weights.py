@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from tpu_inference.layers.common.quantization import without_minus_zero
 from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
 from tpu_inference.layers.vllm.placement import Placement, placements
 from tpu_inference.layers.vllm.rounding import CHECKPOINT_NUMEL, to_numpy
@@ -142,7 +143,7 @@ class DeviceState:
 
     def _put(self, name: str, array: np.ndarray, axes: tuple[str | None, ...]) -> None:
         array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
-        on_device = jax.device_put(array, named_sharding(self._mesh, axes))
+        on_device = jax.device_put(without_minus_zero(array), named_sharding(self._mesh, axes))
         if name in self._in_stack:
             stack, index = self._in_stack[name]
             if stack not in self._state:
