@@ -31,7 +31,6 @@ def _refuse_unserved(hf: Any, method: str, scoring: str) -> None:
             ("topk_method", method, method in METHODS, f"served are {', '.join(METHODS)}"),
             ("scoring_func", scoring, scoring in SCORING, f"served are {', '.join(SCORING)}"),
             ("hidden_act", hf.hidden_act, hf.hidden_act == "silu", "served is silu"),
-            ("qk_rope_head_dim", hf.qk_rope_head_dim, hf.qk_rope_head_dim % 2 == 0, "it must be even: rotary embeddings turn pairs"),
             ("n_group", hf.n_group, not hf.n_routed_experts or hf.n_routed_experts % (hf.n_group or 1) == 0,
              f"it must divide n_routed_experts={hf.n_routed_experts}"),
             ("is_causal", getattr(hf, "is_causal", True), getattr(hf, "is_causal", True), "served is attention to what came before"),
