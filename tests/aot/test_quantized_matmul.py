@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real TPU compiler takes the product with quantized weights: by the kernel on v6e, by XLA elsewhere."""
+"""The real TPU compiler takes the product with quantized weights: by the kernel where the matrix unit takes float8."""
 
 import os
 
@@ -16,10 +16,31 @@ from tpu_inference.kernels.quantized_matmul.shapes import Spec
 pytestmark = [pytest.mark.slow, pytest.mark.aot]
 
 
-@pytest.mark.parametrize(("topology", "kernels"), [("v6e:2x2", 1), ("v5e:2x2", 0), ("tpu7x:2x2x1", 0)])
-def test_every_generation(topology, kernels):
+@pytest.mark.parametrize("topology", ["v6e:2x2", "v5e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(64, 768, 4096, "float8_e4m3fn"),
+        Spec(64, 640, 1792, "float8_e5m2"),
+        Spec(8, 384, 1024, "int8", "int8"),
+        Spec(32, 512, 1024, "float8_e4m3fn", groups=8),
+        Spec(32, 512, 1024, "int8", groups=32),
+        Spec(32, 512, 4096, "int8", groups=128),
+    ],
+    ids=lambda spec: spec.about,
+)
+def test_every_generation(topology, spec):
+    """By the kernel, which reads a layer where it lies: nothing is copied."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = SingleDeviceSharding(device)
+    jitted = jax.jit(spec.function(device), in_shardings=sharding, out_shardings=sharding)
+    compiled = jitted.lower(*spec.arguments(device)).compile()
+    assert compiled.as_text().count("tpu_custom_call") == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < spec.out * spec.columns / 4
+
+
+def test_without_float8_in_the_matrix_unit():
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1").devices[0]
     sharding, spec = SingleDeviceSharding(device), Spec(64, 768, 4096, "float8_e4m3fn")
     jitted = jax.jit(spec.function(device), in_shardings=sharding, out_shardings=sharding)
-    text = jitted.lower(*spec.arguments(device)).compile().as_text()
-    assert text.count("tpu_custom_call") == kernels
+    assert "tpu_custom_call" not in jitted.lower(*spec.arguments(device)).compile().as_text()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-LINEAR = re.compile(r"layers\.\d+\..*(_proj|\.w[123])\.weight$")
+LINEAR = re.compile(r"layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123])\.weight$")
 FP8 = torch.float8_e4m3fn
 Tensors = dict[str, torch.Tensor]
 

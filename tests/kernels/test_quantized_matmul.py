@@ -5,10 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_interpret
+from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Form
 from tpu_inference.kernels.quantized_matmul import quantized_matmul
-from tpu_inference.kernels.quantized_matmul.api import form_of
+from tpu_inference.kernels.quantized_matmul.api import KERNEL_CHIPS, form_of, most_rows
+from tpu_inference.kernels.quantized_matmul.config import MOST_VMEM_BYTES, Config, ShapeKey, heuristic
+from tpu_inference.kernels.quantized_matmul.kernel import Blocked, quantized_matmul_pallas
 
 
 def case(rows, out, columns, groups, dtype, x_dtype="bfloat16"):
@@ -53,28 +59,129 @@ def test_rounded_activations_are_summed_exactly():
     assert 0 < np.abs(found - exact).max() < 0.02 * np.abs(exact).max()
 
 
+def agrees(arguments, found, bound=2**-7):
+    """Each column of outputs, by its own greatest value."""
+    expected = quantized_matmul(*arguments, implementation="reference").astype(jnp.float32)
+    scale = np.abs(expected).max(axis=0, keepdims=True)
+    np.testing.assert_allclose(found.astype(jnp.float32) / scale, expected / scale, atol=bound)
+
+
 @pytest.mark.interpret
-@pytest.mark.parametrize(("rows", "out", "columns"), [(5, 300, 128), (8, 64, 1152)])
-def test_kernel_against_the_reference(rows, out, columns):
-    x, values, scales = case(rows, out, columns, 1, "float8_e4m3fn")
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(
+    ("rows", "out", "columns", "groups", "config"),
+    [
+        (5, 384, 256, 1, Config(256, 2)),  # a last block that is shorter
+        (8, 768, 384, 1, Config(128, 3)),  # more blocks than slots
+        (8, 256, 256, 1, Config(256, 4)),  # one block
+        (16, 256, 512, 4, Config(128, 2)),
+        (8, 128, 256, 4, Config(128, 2)),  # two groups within the lanes
+        (8, 128, 128, 4, Config(128, 2)),  # a tile of columns
+    ],
+)
+def test_kernel_against_the_reference(rows, out, columns, groups, config, dtype):
+    arguments = case(rows, out, columns, groups, dtype)
+    found = quantized_matmul(*arguments, implementation="pallas_interpret", config=config)
+    agrees(arguments, found)
+
+
+@pytest.mark.interpret
+def test_every_value_is_multiplied_as_it_is():
     codes = np.arange(256, dtype=np.uint8)
-    codes = jnp.asarray(codes[(codes & 0x7F) != 0x7F].view("float8_e4m3fn"))  # every value, subnormal ones too
-    values = values.at[:2, :127].set(codes.reshape(2, 127))
-    expected = quantized_matmul(x, values, scales, implementation="reference").astype(jnp.float32)
-    found = quantized_matmul(x, values, scales, implementation="pallas_interpret").astype(jnp.float32)
-    for i in range(out):
-        np.testing.assert_allclose(found[:, i], expected[:, i], atol=2**-7 * np.abs(expected[:, i]).max())
+    finite = jnp.asarray(codes[(codes & 0x7F) != 0x7F].view("float8_e4m3fn"))  # subnormal ones and -0 too
+    x = jnp.zeros((8, 128), jnp.bfloat16).at[0, 0].set(1)
+    values = jnp.zeros((256, 128), jnp.float8_e4m3fn).at[:254, 0].set(finite)
+    found = quantized_matmul(x, values, jnp.ones((256, 1)), implementation="pallas_interpret")
+    np.testing.assert_array_equal(found[0, :254].astype(jnp.float32), finite.astype(jnp.float32))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("chip", ["v6e", "tpu7x"])
+def test_kernel_rounds_rows(chip):
+    """As int8, or as whole numbers of bfloat16 where the matrix unit does not take int8."""
+    x, values, scales = case(8, 256, 256, 1, "int8")
+    implementation = Form("pallas_interpret", chip)
+    found = quantized_matmul(x, values, scales, activations="int8", implementation=implementation)
+    expected = quantized_matmul(x, values, scales, activations="int8", implementation="reference")
+    scale = np.abs(expected.astype(jnp.float32)).max()
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=2**-8 * scale)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("columns", "groups"), [(256, 1), (256, 2), (4096, 128)])
+def test_kernel_reads_one_of_several_layers(columns, groups):
+    arguments = case(8, 128, columns, groups, "float8_e4m3fn")
+    x, values, scales = arguments
+    stacked = (jnp.stack([-values, values]), jnp.stack([scales * 2, scales]))
+    found = quantized_matmul(x, *stacked, layer=jnp.int32(1), implementation="pallas_interpret")
+    agrees(arguments, found)
+
+
+@pytest.mark.interpret
+def test_kernel_has_no_races():
+    arguments = case(8, 640, 256, 2, "int8")
+    found = quantized_matmul_pallas(
+        arguments[0], arguments[1][None], arguments[2][None], jnp.int32(0), activations=None, direct=False, exact=True,
+        config=Config(128, 3), interpret=pltpu.InterpretParams(detect_races=True),
+    )  # fmt: skip
+    agrees(arguments, found)
+    assert not mosaic_interpret.races.races_found
+
+
+@given(
+    rows=st.integers(1, 256),
+    out=st.integers(1, 250),
+    columns=st.integers(1, 250),
+    per_group=st.sampled_from([0, 32, 64, 128, 256]),
+    values=st.sampled_from(["int8", "float8_e4m3fn", "float8_e5m2"]),
+    activations=st.sampled_from([None, "int8"]),
+    chip=st.sampled_from(KERNEL_CHIPS),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_heuristic_serves_any_shape(rows, out, columns, per_group, values, activations, chip):
+    """Of whole lanes: what it says fits into VMEM, and the parts of the last block are whole groups."""
+    out, columns = 128 * out, 128 * columns
+    groups = columns // per_group if per_group and columns % per_group == 0 else 1
+    activations = activations if groups == 1 and values == "int8" else None
+    x, weights = jax.ShapeDtypeStruct((rows, columns), "bfloat16"), jax.ShapeDtypeStruct((out, columns), values)
+    key = ShapeKey.of(x, weights, groups, activations)
+    config = heuristic(key, chip)
+    assert config == config.within(out) and config.block_out % 128 == 0 and config.slots >= 2
+    form = form_of(
+        x, weights, jax.ShapeDtypeStruct((out, groups), "float32"), activations=activations, implementation=Form("pallas", chip)
+    )  # fmt: skip
+    assert (form == "pallas") == (
+        rows <= most_rows(weights.dtype, groups) and key.vmem_bytes(config) <= MOST_VMEM_BYTES
+    )
+    if rows <= 64 and groups <= columns // 128:
+        assert form == "pallas", "no product of a model is too large"
+    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, None, True)
+    assert 0 < blocked.last <= config.block_out and blocked.last % 128 == 0
+    parts = blocked.parts()
+    assert [parts[0].start, parts[-1].stop] == [0, columns]
+    assert all(
+        part.stop > part.start and part.start % max(128, columns // groups if groups > 1 else 0) == 0 for part in parts
+    )
 
 
 def test_where_the_kernel_runs():
-    def form(rows=8, columns=4096, values="float8_e4m3fn", activations=None, chip="v6e"):
-        arrays = ((rows, columns), "bfloat16"), ((64, columns), values), ((64, 1), "float32")
+    def form(
+        rows=8, columns=4096, out=256, groups=1, values="float8_e4m3fn", chip="v6e", x="bfloat16", activations=None
+    ):
+        arrays = ((rows, columns), x), ((out, columns), values), ((out, groups), "float32")
         abstract = [jax.ShapeDtypeStruct(*array) for array in arrays]
         return form_of(*abstract, activations=activations, implementation=Form("pallas", chip))
 
-    assert form() == "pallas"
-    others = (dict(chip="v5e"), dict(rows=129), dict(columns=1792), dict(values="int8", activations="int8"))
-    assert [form(**other) for other in others] == ["xla"] * 4
+    ours = (
+        dict(), dict(chip="v5e"), dict(chip="tpu7x"), dict(values="int8"), dict(values="int8", activations="int8"), dict(groups=32),
+        dict(groups=128),
+    )  # fmt: skip
+    assert {form(**mine) for mine in ours} == {"pallas"}
+    others = (
+        dict(chip="v4"), dict(chip=None), dict(rows=1024), dict(columns=4160), dict(out=200), dict(x="float32"),
+        dict(columns=3 * 128, groups=4), dict(columns=2**20),
+    )  # fmt: skip
+    assert {form(**other) for other in others} == {"xla"}
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from helpers.quantized_models import AWQ_ORDER, words_of
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.quantization import (
+    LEAST_GROUP,
     PackedSource,
     Quantization,
     Scheme,
+    dequantized,
     quantized,
     rounded,
     scales_of_rows,
@@ -188,6 +190,37 @@ def test_groups_that_are_cut(columns, shards):
     spec = spec_of(columns, 1, (Source("w.weight", (ROWS, columns)).piece(0, columns),))
     with pytest.raises(TpuInferenceError, match="groups of 8 columns"):
         quantized(spec, Scheme("int8", (1, 8)), shards)
+
+
+@pytest.mark.parametrize(("columns", "shards", "size"), [(288, 2, 16), (288, 3, 32), (96, 3, 32), (256, 2, 128)])
+def test_groups_that_devices_do_not_divide_are_split(columns, shards, size):
+    """As many columns as divide what a device has, and the block's; each with the scale of its block."""
+    spec = spec_of(columns, 1, (Source("w.weight", (ROWS, columns)).piece(0, columns),))
+    scheme, stored = Scheme("float8_e4m3fn", (4, 64)), np.arange(1.0, 4 * -(-columns // 64) + 1).reshape(4, -1)
+    if size < LEAST_GROUP:
+        with pytest.raises(TpuInferenceError, match="groups of 64 columns"):
+            quantized(spec, scheme, shards)
+        return
+    size = min(size, 64)
+    _, scales = quantized(spec, scheme, shards)
+    assert scales.shape == (ROWS, columns // size)
+    expected = np.repeat(np.repeat(stored, 4, 0)[:ROWS], 64 // size, 1)
+    (piece,) = scales.pieces
+    for part in (slice(0, columns // size), slice(1, 3)):
+        found = piece.source.read(reader(stored), piece.source.name, (slice(2, ROWS), part))
+        np.testing.assert_array_equal(found, expected[2:, part])
+
+
+def test_a_dequantized_matrix_is_what_its_values_mean():
+    rng = np.random.default_rng(3)
+    values, stored = rng.integers(-9, 9, (ROWS, COLUMNS)).astype(np.int8), rng.normal(size=(4, 3)).astype(np.float32)
+    source = dequantized(Source("l.weight", (ROWS, COLUMNS)), Scheme("int8", (4, 8), scales_name="weight_scale_inv"))
+    assert [other.name for other in source.beside] == ["l.weight_scale_inv"] and source.accepts(values.shape)
+    tensors = {"l.weight": values, "l.weight_scale_inv": stored}
+    meant = values * np.repeat(np.repeat(stored, 4, 0)[:ROWS], 8, 1)
+    for box in ((slice(0, ROWS), slice(0, COLUMNS)), (slice(3, 7), slice(5, 19))):
+        found = source.read(lambda name, index=(): tensors[name][index] if index else tensors[name], "l.weight", box)
+        np.testing.assert_allclose(found, meant[box], rtol=1e-6)
 
 
 def test_layers_that_are_not_alike():

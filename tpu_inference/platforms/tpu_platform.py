@@ -174,7 +174,9 @@ class TpuPlatform(Platform):
     ) -> str:
         """Only vLLM's PyTorch models ask."""
         if attn_selector_config.use_mla:
-            raise NotImplementedError("latent attention (MLA) is served in its multi-head form: set VLLM_MLA_DISABLE=1")
+            raise NotImplementedError(
+                "vLLM's PyTorch classes are served with attention over whole heads, and this one asks for latents (MLA): set VLLM_MLA_DISABLE=1"
+            )
         return ATTENTION_BACKEND
 
     @classmethod

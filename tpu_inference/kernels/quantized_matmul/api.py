@@ -8,17 +8,21 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Implementation, chip_of
-from tpu_inference.kernels.quantized_matmul.kernel import quantized_matmul_pallas, serves
+from tpu_inference.kernels.quantized_matmul.config import LANES, MOST_VMEM_BYTES, Config, ShapeKey, config_for
+from tpu_inference.kernels.quantized_matmul.kernel import quantized_matmul_pallas
 from tpu_inference.kernels.quantized_matmul.reference import quantized_matmul_reference
 from tpu_inference.kernels.quantized_matmul.xla import quantized_matmul_xla
 
 _JNP = {"xla": quantized_matmul_xla, "reference": quantized_matmul_reference}
 _INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
 _FORMS = (*_JNP, *_INTERPRET)
-KERNEL_CHIPS = ("v6e",)
-"""Where the kernel is faster than XLA's own conversion, by the compiler's schedule."""
-LEAST_COLUMNS = 3072
-"""Below, its blocks are too small to hide the latency of HBM: at 1792 columns it loses at 1000 cycles, at 1024 and fewer always."""
+KERNEL_CHIPS = ("v5e", "v6e", "tpu7x")
+"""Whose matrix units take float8 weights, and that have VMEM enough."""
+INT8_CHIPS = ("v5e", "v6e")
+"""Whose matrix units take int8 rows and weights."""
+MOST_ROWS, MOST_CONVERTED_ROWS = 128, 256
+"""Of the kernel: more take longer to multiply than the weights to come. The second where XLA converts values one by one, or scales groups, which
+takes longer yet."""
 ACTIVATIONS = (None, "int8")
 VALUES = tuple(jnp.dtype(name) for name in ("int8", "float8_e4m3fn", "float8_e5m2"))
 
@@ -32,6 +36,7 @@ def quantized_matmul(
     accumulate_dtype: Any = jnp.float32,
     layer: jax.Array | None = None,
     implementation: Implementation = "xla",
+    config: Config | None = None,
 ) -> jax.Array:
     """x w^T, where w[o, i] = values[o, i] * scales[o, i // group].
 
@@ -42,10 +47,11 @@ def quantized_matmul(
         activations: None, or "int8": each row of x is rounded to int8 by its greatest absolute value, and the products are exact sums of int32. Needs
             int8 values and one group.
         accumulate_dtype: of the product before it is scaled, which is what is summed over devices where `in` is divided among them.
-        layer: int32 scalar: values [layers, out, in] and scales [layers, out, groups] have several layers', and this one's are meant; none are
-            copied out where there are groups of `LEAST_GROUP` columns or more.
-        implementation: "xla", "reference", "pallas" (TPU) or "pallas_interpret" (any device). The kernel is for float8_e4m3fn weights of one group
-            and few rows; "pallas" takes it where `form_of` says so and is the XLA form elsewhere. The kernel reads NaN values as 480.
+        layer: int32 scalar: values [layers, out, in] and scales [layers, out, groups] have several layers', and this one's are meant; they are
+            read where they lie, but by the XLA form where groups are of less than `LEAST_GROUP` columns.
+        implementation: "xla", "reference", "pallas" (TPU) or "pallas_interpret" (any device). The kernel is for few rows; "pallas" takes it
+            where `form_of` says so and is the XLA form elsewhere. `implementation_for` a device also tells the chip.
+        config: blocks of the kernel; None for those tuned for the shape and chip, else the heuristic's.
 
     Returns:
         [T, out] in x's dtype.
@@ -53,27 +59,46 @@ def quantized_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
-    if layer is not None and implementation == "xla":
-        _check(x, values[0], scales[0], activations, implementation)
+    stacked = (values, scales) if layer is not None else (values[None], scales[None])
+    _check(x, *(jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in stacked), activations, implementation)
+    form = form_of(x, values, scales, activations=activations, implementation=implementation)
+    if form in _INTERPRET:
+        chip, groups = chip_of(implementation), scales.shape[-1]
+        return quantized_matmul_pallas(
+            x, *stacked, jnp.int32(0) if layer is None else layer,
+            activations=activations, direct=values.dtype != jnp.int8, exact=chip is None or chip in INT8_CHIPS,
+            config=config or config_for(ShapeKey.of(x, values, groups, activations), chip), interpret=_INTERPRET[form],
+        )  # fmt: skip
+    if form == "xla":
         return quantized_matmul_xla(
             x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype, layer=layer
         )
     if layer is not None:
         values, scales = (jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in (values, scales))
-    _check(x, values, scales, activations, implementation)
-    form = form_of(x, values, scales, activations=activations, implementation=implementation)
-    if form in _INTERPRET:
-        return quantized_matmul_pallas(x, values, scales, interpret=_INTERPRET[form])
-    return _JNP[form](x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype)
+    return quantized_matmul_reference(x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype)
 
 
 def form_of(x: Any, values: Any, scales: Any, *, activations: str | None, implementation: Implementation) -> str:
     """The form that a call runs: `implementation`, but "xla" where the kernel does not serve it or is no gain on the chip."""
     if implementation not in _INTERPRET:
         return str(implementation)
-    gains = chip_of(implementation) in KERNEL_CHIPS and x.shape[1] >= LEAST_COLUMNS
-    gains = gains or implementation == "pallas_interpret"
-    return str(implementation) if gains and serves(x, values, scales.shape[1], activations) else "xla"
+    chip = chip_of(implementation)
+    runs = implementation == "pallas_interpret" or chip in KERNEL_CHIPS
+    return str(implementation) if runs and _serves(x, values, scales.shape[-1], activations, chip) else "xla"
+
+
+def most_rows(dtype: Any, groups: int) -> int:
+    """That the kernel takes, of values of a dtype."""
+    return MOST_CONVERTED_ROWS if groups > 1 or dtype != jnp.int8 else MOST_ROWS
+
+
+def _serves(x: Any, values: Any, groups: int, activations: str | None, chip: str | None) -> bool:
+    """Whether the kernel takes arrays of these shapes and dtypes; the XLA form takes all."""
+    (rows, columns), out = x.shape, values.shape[-2]
+    group, key = columns // groups, ShapeKey.of(x, values, groups, activations)
+    whole = columns % LANES == 0 and out % LANES == 0 and (groups == 1 or group % LANES == 0 or LANES % group == 0)
+    fits = key.vmem_bytes(config_for(key, chip).within(out)) <= MOST_VMEM_BYTES
+    return x.dtype == jnp.bfloat16 and rows <= most_rows(values.dtype, groups) and whole and fits
 
 
 def _check(x: Any, values: Any, scales: Any, activations: str | None, implementation: str) -> None:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Pallas kernel, for float8_e4m3fn weights and few rows.
+"""The Pallas kernel for few rows: a stream of weights through VMEM, from where they lie in a stack of layers.
 
-The matrix unit of v6e multiplies by float8_e5m2 as it is, while float8_e4m3fn would be converted value by value. A value of e4m3 is the sum of
-two of e5m2, times 128: its bits shifted right by one are its value with the last bit of the mantissa cut off, at another exponent bias, and those of
-the next greater code are it rounded up. This holds for subnormal values too; codes of NaN read as 480.
+Nothing is left to Pallas's own pipeline, which would wait for small operands before the first weights are asked for. The last block is multiplied in
+two parts of its columns, so that little is left to be done once the last bytes have come.
+
+The matrix units of v5e, v6e and tpu7x take float8 weights beside bfloat16 rows as they are (the compiler has e4m3fn go in as e4m3b11fnuz, sixteen
+times smaller, which loses nothing but NaN); int8 is converted before.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,55 +18,257 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-BLOCK = 256
-"""Rows of the weight: the width of the matrix unit."""
-CHUNK = 1024
-"""Columns at a time."""
-MOST_ROWS, MOST_COLUMNS = 128, 16384
-SUM_SCALE = 128.0
-_SIGN = 0x80808080 - 2**32
+from tpu_inference.kernels.quantized_matmul.config import LANES, MIB, Config, ShapeKey
+from tpu_inference.kernels.quantized_matmul.reference import round_rows
+
+NAME = "quantized_matmul"
+SPARE_VMEM_BYTES = 4 * MIB
+"""For what the compiler keeps beside the buffers."""
+LAST_PARTS = 2
 
 
-def serves(x: Any, values: Any, groups: int, activations: str | None) -> bool:
-    """Whether the kernel takes arrays of these shapes and dtypes; the XLA form takes all."""
-    few = x.shape[0] <= MOST_ROWS and x.shape[1] <= MOST_COLUMNS and x.shape[1] % 128 == 0
-    return few and (values.dtype, x.dtype, groups, activations) == (jnp.float8_e4m3fn, jnp.bfloat16, 1, None)
+@dataclass(frozen=True)
+class Blocked:
+    """What is static about the kernel."""
+
+    rows: int
+    out: int
+    columns: int
+    groups: int
+    block: int
+    slots: int
+    rounds: str | None
+    """dtype of the rounded rows; None where rows stay as they are."""
+    direct: bool
+    """Whether values go into the matrix units as they are."""
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.out // self.block)
+
+    @property
+    def last(self) -> int:
+        """Rows of the last block."""
+        return self.out - (self.num_blocks - 1) * self.block
+
+    @property
+    def per_group(self) -> int:
+        return self.columns // self.groups
+
+    @property
+    def sliced(self) -> bool:
+        """Whether scales are this layer's alone: [..., groups] of whole lanes would be laid out anew for all layers."""
+        return self.groups % LANES == 0
+
+    @property
+    def copies(self) -> int:
+        """Groups within the lanes of a tile: x is multiplied once for each, with the other groups' columns zero."""
+        return max(1, LANES // self.per_group)
+
+    def parts(self) -> list[slice]:
+        """Columns of the parts of the last block; whole groups."""
+        unit = max(self.per_group, LANES) if self.groups > 1 else LANES
+        middle = self.columns // unit // LAST_PARTS * unit
+        return [slice(0, middle), slice(middle, self.columns)] if middle else [slice(0, self.columns)]
 
 
-def halves(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float8_e5m2 of the shape of `values`, float8_e4m3fn: values = 128 * (their sum)."""
-    bits = pltpu.bitcast(values, jnp.int32)  # four rows in a word
-    sign, rest = bits & _SIGN, bits & 0x7F7F7F7F
-    down = sign | ((rest & 0x7E7E7E7E) >> 1)
-    up = sign | jax.lax.shift_right_logical((rest + 0x01010101) & (0xFEFEFEFE - 2**32), 1)
-    return pltpu.bitcast(down, jnp.float8_e5m2), pltpu.bitcast(up, jnp.float8_e5m2)
+class _Refs:
+    """The kernel's references by name, and the DMAs between them."""
+
+    def __init__(self, blocked: Blocked, layer: Any, x: Any, values: Any, scales: Any, out: Any, *scratch: Any) -> None:
+        self.blocked, self.layer, self.hbm = blocked, layer[0], (x, values, scales, out)
+        self.x, self.ring, self.scales, self.out, self.arrived, self.last_arrived, self.small, self.written = scratch[
+            :8
+        ]
+        self.prepared = scratch[8:]
+
+    def fetch_small(self) -> tuple[Any, Any]:
+        x, _, scales, _ = self.hbm
+        return (
+            pltpu.make_async_copy(x, self.x, self.small.at[0]),
+            pltpu.make_async_copy(scales.at[0 if self.blocked.sliced else self.layer], self.scales, self.small.at[1]),
+        )
+
+    def fetch(self, block: Any) -> Any:
+        """A block that is not the last one."""
+        slot, start = jax.lax.rem(block, self.blocked.slots), pl.multiple_of(block * self.blocked.block, LANES)
+        source = self.hbm[1].at[self.layer, pl.ds(start, self.blocked.block)]
+        return pltpu.make_async_copy(source, self.ring.at[slot], self.arrived.at[slot])
+
+    def fetch_last(self) -> Iterator[Any]:
+        """The parts of the last block."""
+        blocked = self.blocked
+        slot, rows = (
+            (blocked.num_blocks - 1) % blocked.slots,
+            pl.ds((blocked.num_blocks - 1) * blocked.block, blocked.last),
+        )
+        for i, columns in enumerate(blocked.parts()):
+            source = self.hbm[1].at[self.layer, rows, columns]
+            target = self.ring.at[slot, pl.ds(0, blocked.last), columns]
+            yield pltpu.make_async_copy(source, target, self.last_arrived.at[i])
+
+    def write(self, block: Any, size: int) -> Any:
+        """The products of a block to where they belong."""
+        target = self.hbm[3].at[:, pl.ds(pl.multiple_of(block * self.blocked.block, LANES), size)]
+        return pltpu.make_async_copy(self.out.at[block, :, pl.ds(0, size)], target, self.written)
+
+    def all_written(self) -> Any:
+        """To wait for: as many bytes as all blocks have."""
+        return pltpu.make_async_copy(self.hbm[3], self.hbm[3], self.written)
 
 
-def _body(x_ref: Any, values_ref: Any, scales_ref: Any, out_ref: Any) -> None:
-    columns, total = x_ref.shape[1], None
-    for start in range(0, columns, CHUNK):
-        part = slice(start, min(start + CHUNK, columns))
-        x = x_ref[:, part]
-        for half in halves(values_ref[:, part]):
-            product = jax.lax.dot_general(x, half, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _prepare(refs: _Refs) -> None:
+    """Rounded rows, or a copy of x for each of the groups within a tile."""
+    blocked = refs.blocked
+    if blocked.rounds:
+        values, row_scales = refs.prepared
+        rounded, row_scales[...] = round_rows(refs.x[...])
+        values[...] = rounded.astype(values.dtype)
+    elif blocked.copies > 1:
+        (copies,) = refs.prepared
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, blocked.columns), 1)
+        of_group = jax.lax.rem(jax.lax.div(column, blocked.per_group), blocked.copies)
+        for i in range(blocked.copies):
+            copies[i] = jnp.where(of_group == i, refs.x[...], 0)
+
+
+def _dot(x: Any, weight: Any, direct: bool) -> Any:
+    exact = x.dtype == jnp.int8
+    weight = weight if direct or exact else weight.astype(x.dtype)
+    return jax.lax.dot_general(
+        x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32 if exact else jnp.float32
+    )
+
+
+def _product(refs: _Refs, weight: Any, columns: slice, outputs: Any) -> Any:
+    """[rows, outputs] of some columns of x and of the weights [outputs, columns], scaled where there are groups."""
+    blocked = refs.blocked
+    if blocked.groups == 1:
+        x = refs.prepared[0] if blocked.rounds else refs.x
+        return _dot(x[:, columns], weight, blocked.direct)
+    size, total = max(blocked.per_group, LANES), None
+    for start in range(columns.start, columns.stop, size):
+        part = slice(start, start + size)
+        tile = weight[:, start - columns.start : start - columns.start + size]
+        for i in range(blocked.copies):
+            x = refs.prepared[0][i, :, part] if blocked.copies > 1 else refs.x[:, part]
+            scale = refs.scales[pl.ds(start // blocked.per_group + i, 1), outputs]
+            product = _dot(x, tile, blocked.direct) * scale
             total = product if total is None else total + product
-    out_ref[...] = (total * (scales_ref[...] * SUM_SCALE)).astype(out_ref.dtype)
+    return total
 
 
-def quantized_matmul_pallas(x: jax.Array, values: jax.Array, scales: jax.Array, *, interpret: Any = False) -> jax.Array:
-    """See `quantized_matmul`, for what `serves`. [T, out]."""
-    (rows, columns), out = x.shape, values.shape[0]
+def _finish(refs: _Refs, product: Any, outputs: Any) -> Any:
+    """Scaled by what all columns share, in the output's dtype."""
+    blocked, product = refs.blocked, product.astype(jnp.float32)
+    if blocked.rounds:
+        product = product * refs.prepared[1][...]
+    if blocked.groups == 1:
+        product = product * refs.scales[:, outputs]
+    return product.astype(refs.out.dtype)
+
+
+def _body(*arguments: Any, blocked: Blocked) -> None:
+    refs, last = _Refs(blocked, *arguments), blocked.num_blocks - 1
+    x, scales = refs.fetch_small()
+    ahead = blocked.slots - 1
+    x.start()
+    for block in range(min(ahead, last)):
+        refs.fetch(block).start()
+    if last <= ahead:
+        for copy in refs.fetch_last():
+            copy.start()
+    scales.start()
+    x.wait()
+    _prepare(refs)
+    scales.wait()
+
+    @pl.loop(0, last)
+    def _(block: Any) -> None:
+        if last > ahead:
+
+            @pl.when(block + ahead < last)
+            def _() -> None:
+                refs.fetch(block + ahead).start()
+
+            @pl.when(block + ahead == last)
+            def _() -> None:
+                for copy in refs.fetch_last():
+                    copy.start()
+
+        refs.fetch(block).wait()
+        outputs = pl.ds(pl.multiple_of(block * blocked.block, LANES), blocked.block)
+        weight = refs.ring[jax.lax.rem(block, blocked.slots)]
+        product = _product(refs, weight, slice(0, blocked.columns), outputs)
+        refs.out[block] = _finish(refs, product, outputs)
+        refs.write(block, blocked.block).start()
+
+    outputs, total = pl.ds(last * blocked.block, blocked.last), None
+    for copy, columns in zip(refs.fetch_last(), blocked.parts(), strict=True):
+        copy.wait()
+        weight = refs.ring[last % blocked.slots, : blocked.last, columns]
+        product = _product(refs, weight, columns, outputs)
+        total = product if total is None else total + product
+    refs.out[last, :, : blocked.last] = _finish(refs, total, outputs)
+    refs.write(last, blocked.last).start()
+
+    refs.all_written().wait()
+
+
+@partial(jax.jit, static_argnames=("activations", "direct", "exact", "config", "interpret"))
+def quantized_matmul_pallas(
+    x: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    layer: jax.Array,
+    *,
+    activations: str | None,
+    direct: bool,
+    exact: bool,
+    config: Config,
+    interpret: Any = False,
+) -> jax.Array:
+    """As the op, with values [layers, out, in] and scales [layers, out, groups].
+
+    Args:
+        direct: whether values go into the matrix units as they are; float8 alone.
+        exact: whether rounded rows are multiplied as int8; else in x's dtype, which has their numbers, and summed in float32.
+    """
+    (rows, columns), (_, out, groups) = x.shape, scales.shape
+    config = config.within(out)
+    rounds = activations and ("int8" if exact else x.dtype.name)
+    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, rounds, direct)
+    if blocked.rounds:
+        prepared = [pltpu.VMEM((rows, columns), blocked.rounds), pltpu.VMEM((rows, 1), jnp.float32)]
+    else:
+        prepared = [pltpu.VMEM((blocked.copies, rows, columns), x.dtype)] if blocked.copies > 1 else []
+    key = ShapeKey.of(x, values, groups, activations)
+    if blocked.sliced:
+        scales = jax.lax.dynamic_index_in_dim(scales, layer, keepdims=True)
+    stacks = (values, scales.swapaxes(1, 2))
+    if not interpret:  # else XLA would bring all of a stack that is small enough into VMEM, anew for each layer
+        stacks = tuple(pltpu.with_memory_space_constraint(stack, pltpu.HBM) for stack in stacks)
     return pl.pallas_call(
-        _body,
+        partial(_body, blocked=blocked),
         out_shape=jax.ShapeDtypeStruct((rows, out), x.dtype),
-        grid=(-(-out // BLOCK),),
-        in_specs=[
-            pl.BlockSpec((rows, columns), lambda i: (0, 0)),
-            pl.BlockSpec((BLOCK, columns), lambda i: (i, 0)),
-            pl.BlockSpec((1, BLOCK), lambda i: (0, i)),
-        ],
-        out_specs=pl.BlockSpec((rows, BLOCK), lambda i: (0, i)),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        name="quantized_matmul",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 3,
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[
+                pltpu.VMEM((rows, columns), x.dtype),
+                pltpu.VMEM((blocked.slots, blocked.block, columns), values.dtype),
+                pltpu.VMEM((groups, out), jnp.float32),
+                pltpu.VMEM((blocked.num_blocks, rows, blocked.block), x.dtype),
+                pltpu.SemaphoreType.DMA((blocked.slots,)),
+                pltpu.SemaphoreType.DMA((LAST_PARTS,)),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
+                *prepared,
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=max(key.vmem_bytes(config) + SPARE_VMEM_BYTES, 16 * MIB)),
+        name=NAME,
         interpret=interpret,
-    )(x, values, scales.reshape(1, out))
+    )(layer.reshape(1), x, *stacks)

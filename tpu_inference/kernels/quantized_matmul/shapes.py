@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named shapes: what tests compile, and what benchmarks measure."""
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tpu_inference.kernels.forms import implementation_for
-from tpu_inference.kernels.quantized_matmul.api import form_of, quantized_matmul
+from tpu_inference.kernels.quantized_matmul.api import form_of, most_rows, quantized_matmul
+from tpu_inference.kernels.quantized_matmul.config import ShapeKey
+from tpu_inference.kernels.quantized_matmul.kernel import NAME
+
+STACK_BYTES = 160e6
+"""Of all layers' weights: more than a chip's VMEM, into which XLA would bring the weights of fewer."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A call of the op."""
+    """A call of the op, with the weights of one of several layers."""
 
     rows: int
     out: int
@@ -29,7 +35,12 @@ class Spec:
     @property
     def about(self) -> str:
         rounded = f", {self.activations} activations" if self.activations else ""
-        return f"{self.rows} rows by {self.out} x {self.columns} of {self.values}{rounded}"
+        groups = f", groups of {self.columns // self.groups}" if self.groups > 1 else ""
+        return f"{self.rows} rows by {self.out} x {self.columns} of {self.values}{groups}{rounded}"
+
+    @property
+    def layers(self) -> int:
+        return -(-int(STACK_BYTES) // (self.out * self.columns))
 
     @property
     def dtype(self) -> str:
@@ -37,13 +48,19 @@ class Spec:
         return self.activations or "bfloat16"
 
     def arguments(self, device: jax.Device | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """x, values, scales."""
+        """x, values, scales, layer."""
         del device
         return (
             jax.ShapeDtypeStruct((self.rows, self.columns), jnp.bfloat16),
-            jax.ShapeDtypeStruct((self.out, self.columns), self.values),
-            jax.ShapeDtypeStruct((self.out, self.groups), jnp.float32),
+            jax.ShapeDtypeStruct((self.layers, self.out, self.columns), self.values),
+            jax.ShapeDtypeStruct((self.layers, self.out, self.groups), jnp.float32),
+            jax.ShapeDtypeStruct((), jnp.int32),
         )
+
+    @property
+    def few(self) -> bool:
+        """Whether the kernel takes so many rows."""
+        return self.rows <= most_rows(jnp.dtype(self.values), self.groups)
 
     @property
     def useful_flops(self) -> float:
@@ -52,26 +69,31 @@ class Spec:
     @property
     def useful_bytes(self) -> int:
         """x, values and scales once, and the output."""
-        arrays = (*self.arguments(), jax.ShapeDtypeStruct((self.rows, self.out), jnp.bfloat16))
-        return sum(x.size * jnp.dtype(x.dtype).itemsize for x in arrays)
+        weights = self.out * (self.columns * jnp.dtype(self.values).itemsize + 4 * self.groups)
+        return weights + 2 * self.rows * (self.columns + self.out)
 
     def function(self, device: jax.Device, config: Any = None) -> Callable:
-        """The op as a device runs it. Nothing of it is tuned, so there is no config."""
-        if config is not None:
-            raise ValueError(f"quantized_matmul takes no config, but is given {config}")
+        """The op as a device runs it."""
         form = implementation_for(device)
-        return partial(quantized_matmul, activations=self.activations, implementation=form)
 
-    def key(self, device: jax.Device | None = None) -> str:
+        def call(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array) -> jax.Array:
+            return quantized_matmul(
+                x, values, scales, layer=layer, activations=self.activations, implementation=form, config=config
+            )
+
+        return call
+
+    def key(self, device: jax.Device | None = None) -> ShapeKey:
         del device
-        return "_".join(filter(None, (f"{self.rows}x{self.out}x{self.columns}_{self.values}", self.activations)))
+        x, values, *_ = self.arguments()
+        return ShapeKey.of(x, values, self.groups, self.activations)
 
     def form(self, device: jax.Device) -> str:
-        return form_of(*self.arguments(), activations=self.activations, implementation=implementation_for(device))
+        return form_of(*self.arguments()[:3], activations=self.activations, implementation=implementation_for(device))
 
     def workload(self, device: jax.Device) -> Mapping[str, Mapping[int, Any]]:
-        """Nothing that the op runs by is data."""
-        return {}
+        """Which layer's weights are meant."""
+        return {NAME: {0: np.ones(1, np.int32)}} if self.form(device) == "pallas" else {}
 
 
 _LAYERS = {
@@ -79,10 +101,31 @@ _LAYERS = {
     "70b_qkv": (1280, 8192), "70b_o": (8192, 1024), "70b_gate_up": (7168, 8192), "70b_down": (8192, 3584),
 }  # fmt: skip
 """out and in of one of eight devices."""
-_KINDS = {"int8": ("int8", None), "w8a8": ("int8", "int8"), "e4m3": ("float8_e4m3fn", None)}
+_KINDS: Mapping[str, tuple[Any, ...]] = {
+    "int8": ("int8", None), "w8a8": ("int8", "int8"), "e4m3": ("float8_e4m3fn", None), "e5m2": ("float8_e5m2", None),
+    "e4m3_g128": ("float8_e4m3fn", None, 128), "int8_g128": ("int8", None, 128), "int8_g64": ("int8", None, 64), "int8_g32": ("int8", None, 32),
+}  # fmt: skip
+"""Values, activations, and columns of a group where there are several."""
+_WIDE = ("8b_gate_up", "70b_down")
+_OF_FEW_SHAPES = ("e5m2", "e4m3_g128", "int8_g128", "int8_g64", "int8_g32")
+
+
+def _spec(rows: int, sizes: tuple[int, int], values: str, activations: str | None, per_group: int = 0) -> Spec:
+    return Spec(rows, *sizes, values, activations, sizes[1] // per_group if per_group else 1)
+
+
+def drawn(source: random.Random) -> Spec:
+    """A product as a device's share of some model's might be."""
+    rows, out = source.choice((8, 16, 32, 64)), 128 * source.randint(4, 80)
+    how = source.choice([_KINDS[kind] for kind in ("int8", "w8a8", "e4m3", "e5m2", "e4m3_g128", "int8_g128")])
+    return _spec(rows, (out, 128 * source.randint(4, 64)), *how)
+
+
+_SOURCE = random.Random(1)
 SHAPES = {
-    f"{kind}_{name}_{rows}": Spec(rows, *sizes, *_KINDS[kind])
+    f"{kind}_{name}_{rows}": _spec(rows, sizes, *how)
     for name, sizes in _LAYERS.items()
-    for kind, rows in (("int8", 64), ("w8a8", 64), ("e4m3", 64), ("int8", 2048), ("w8a8", 2048))
-    if rows == 64 or name in ("8b_gate_up", "70b_down")
-}
+    for kind, how in _KINDS.items()
+    for rows in (64, 2048)
+    if (name in _WIDE or (rows == 64 and kind not in _OF_FEW_SHAPES)) and not (rows == 2048 and kind in _OF_FEW_SHAPES)
+} | {f"drawn_{i}": drawn(_SOURCE) for i in range(8)}

@@ -8,7 +8,7 @@ the sources below turn what is read into rows.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import ml_dtypes
@@ -235,6 +235,8 @@ class Quantization:
 def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec, WeightSpec]:
     """(values, scales) in place of a weight [out, in].
 
+    Where a piece or a device has a part of a group of columns, the device's groups are smaller than the checkpoint's (not those of experts).
+
     Raises:
         TpuInferenceError: groups of columns that a piece or a device would have too small a part of.
     """
@@ -271,6 +273,47 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
     return values, scales
 
 
+@dataclass(frozen=True)
+class DequantizedSource(Source):
+    """A matrix that the checkpoint has quantized, read as what it means: float32."""
+
+    values: Source = field(kw_only=True)
+    scales: Source = field(kw_only=True)
+    group: int = field(kw_only=True)
+    """Columns that share a scale."""
+
+    @property
+    def beside(self) -> tuple[Source, ...]:
+        return (*self.values.beside, self.scales)
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        return self.values.accepts(shape)
+
+    def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        groups = slice(columns.start // self.group, -(-columns.stop // self.group))
+        scales_name = name.removesuffix(_last(self.values.name)) + _last(self.scales.name)
+        scales = np.repeat(self.scales.read(read, scales_name, (rows, groups)), self.group, axis=1)
+        start = columns.start - groups.start * self.group
+        values = self.values.read(read, name, index).astype(np.float32)
+        return values * scales[:, start : start + values.shape[1]]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def dequantized(source: Source, scheme: Scheme) -> Source:
+    """The weight `source` as it is read from a checkpoint of `scheme`, in full."""
+    if scheme.at_load:
+        return source
+    values = scheme.values(source)
+    group = scheme.block[1] or source.shape[1]
+    return DequantizedSource(
+        values.name, values.shape, source.offset, values=values, scales=scheme.scales(source), group=group
+    )
+
+
 def part_of_group(size: int, whole: Iterable[int]) -> int | None:
     """Columns of groups that divide all of `whole`: `size`, or a part of it of `LEAST_PART` or a multiple; None where there is none."""
     part = math.gcd(size, *whole)
@@ -286,7 +329,7 @@ def _group_size(spec: WeightSpec, size: int, shards: int) -> int:
     if spec.axis == 1:
         whole += [n for piece in spec.pieces for n in (piece.size, piece.start)]
     part = part_of_group(size, whole)
-    if part is None:
+    if part is None or (part < size and spec.experts is not None):
         raise TpuInferenceError(
             f"{name} is quantized in groups of {size} columns, which {spec.shape[1]} columns on {shards} devices are not divided into: "
             + (

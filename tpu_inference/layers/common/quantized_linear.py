@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from tpu_inference.kernels.forms import implementation_for
 from tpu_inference.kernels.quantized_matmul import quantized_matmul
 from tpu_inference.layers.common.sharding import LogicalAxes, spec
 
@@ -25,15 +26,15 @@ def quantized_product(
     """`quantized_matmul` of [T, in] with weights [out, in] whose dimensions are named `axes`; parts of sums meet in `accumulate_dtype`.
 
     Every device multiplies what it has by itself: of int8 activations, each device rounding its own columns, neither maxima nor int32 sums
-    cross the interconnect. With `layer`, an int32 scalar, values and scales have those of several layers. In XLA's form, which reads a scanned
-    layer's weights where they lie; a kernel would be given a copy of them.
+    cross the interconnect. With `layer`, an int32 scalar, values and scales have those of several layers; of a slice of them a kernel would be
+    given a copy.
     """
     rows, columns = spec(axes)
     multiply = partial(
         quantized_matmul,
         activations=activations,
         accumulate_dtype=accumulate_dtype,
-        implementation="xla",
+        implementation=implementation_for(mesh.devices.flat[0]),
     )
     if mesh.size == 1:
         return multiply(x, values, scales, layer=layer)

@@ -13,7 +13,7 @@ from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.cache_scales import cache_scales
 from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.linear import before_split
-from tpu_inference.layers.common.rope import apply_rope
+from tpu_inference.layers.common.rope import Rotation, rotate
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, merge_pieces, slots
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import Linear
@@ -73,11 +73,11 @@ class Attention(nnx.Module):
         kv_cache: KVCache,
         layer: int | jax.Array,
         meta: AttentionMetadata,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rotation,
         window: Any,
         in_stack: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """x: [T, hidden]; `rope` cosine and sine [T, ...]; `window` a Python int, None, or traced (<= 0: none); `in_stack` as `Linear` takes it."""
+        """x: [T, hidden]; `window` a Python int, None, or traced (<= 0: none); `in_stack` as `Linear` takes it."""
         cfg, plan, tokens = self.cfg, self.heads, x.shape[0]
         per_q, per_kv = plan.num_q_slots // self.shards, plan.num_kv_slots // self.shards
         qkv = before_split(self.qkv(x, in_stack)).reshape(tokens, self.shards, -1)
@@ -86,7 +86,7 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in jnp.split(qkv, ends, axis=-1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = rotate(q, k, rope, interleaved=cfg.interleaved_rope, eps=cfg.eps)
         out, kv_cache = attention(
             q, k, v, kv_cache, layer, meta,
             mesh=self.mesh, scale=cfg.scale, soft_cap=cfg.attention_soft_cap, sliding_window=window,

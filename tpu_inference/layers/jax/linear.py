@@ -36,7 +36,7 @@ class Linear(nnx.Module):
         if scheme:
             weight, scales = quantized(weight, scheme, ctx.shards)
         self.activations = scheme.activations if scheme else None
-        kind = StackParam if scales and scales.shape[1] > 1 else nnx.Param
+        kind = StackParam if scales else nnx.Param
         self.weight, self.scales = kind(weight), kind(scales) if scales else None
         spec = bias and WeightSpec(shape[:1], ctx.dtype, axes[:1], tuple(bias), init="zeros")
         self.bias = nnx.Param(spec) if spec else None

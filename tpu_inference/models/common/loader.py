@@ -58,12 +58,15 @@ def wrong_scales(name: str, scales: np.ndarray, *, of_cache: bool = False) -> st
     return f"not positive: {name}, a scale of the KV cache" if of_cache and not (scales > 0).all() else None
 
 
-def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, unread: Sequence[str] = ()) -> None:
+def check_tensors(
+    checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, unread: Sequence[str] = (), others: Sequence[str] = ()
+) -> None:
     """Raises CheckpointError with every missing, left-over and mis-shaped tensor, and every scale that is no number.
 
     Args:
         tied_head: name of a head that is not read where it is tied to the embedding.
         unread: ends of names that a quantized checkpoint has and nothing reads.
+        others: beginnings of names of tensors that are for something else than text, or of layers that nothing reads.
     """
     expected, found = _expected_of(checkpoint, specs), checkpoint.shapes
     problems = [f"missing: {name} {list(source.shape)}" for name, source in expected.items() if name not in found]
@@ -75,7 +78,9 @@ def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, 
     problems += [
         f"left over: {name} {list(shape)} is not read by this architecture"
         for name, shape in found.items()
-        if name not in expected and name != tied_head and not IGNORED.search(name) and not name.endswith(tuple(unread))
+        if name not in expected
+        and name != tied_head
+        and not (IGNORED.search(name) or name.endswith(tuple(unread)) or name.startswith(tuple(others)))
     ]
     problems += [
         problem
@@ -172,10 +177,14 @@ def model_functions(module: Decoder, params: Any, mesh: Mesh) -> ModelFunctions:
     """What the runner needs of `module` with `params` in place of its specs."""
     _, forward, logits = pure_functions(module)
     cfg = module.cfg
-    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, mesh.shape["model"])
+    shards, mla = mesh.shape["model"], cfg.mla
+    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, shards)
+    kind = (shards, mla.kv_rank + mla.rope_dim, mla.kv_rank) if mla else (plan.num_kv_slots, cfg.head_dim, None)
     layers = tuple(
-        AttentionLayer(f"model.layers.{i}.self_attn", window, plan.num_kv_slots, cfg.head_dim)
-        for i, window in enumerate(cfg.window_of_layer)
+        AttentionLayer(f"model.layers.{i}.self_attn", window, *kind, chunk)
+        for i, (window, chunk) in enumerate(
+            zip(cfg.window_of_layer, cfg.chunk_of_layer or [None] * cfg.num_layers, strict=True)
+        )
     )
     return ModelFunctions(
         params=params,

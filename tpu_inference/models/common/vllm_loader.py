@@ -41,7 +41,8 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
     """What serves the model of `vllm_config`: as `--model-impl` says, else as MODEL_IMPL_TYPE does."""
     config = vllm_config.model_config
     flag = str(getattr(config.model_impl, "value", config.model_impl))
-    return choose_implementation(config.architectures, envs.MODEL_IMPL_TYPE if flag == "auto" else flag)
+    wanted = envs.MODEL_IMPL_TYPE if flag == "auto" else flag
+    return choose_implementation(config.architectures, wanted, latents=not envs.VLLM_MLA_DISABLE)
 
 
 def refuse_quantization(vllm_config: VllmConfig) -> None:
@@ -119,14 +120,15 @@ def _load_jax_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
 
 def _checked_checkpoint(vllm_config: VllmConfig, module: Decoder) -> Checkpoint:
     """The checkpoint, which has what `module` reads and nothing else; CheckpointError where it does not."""
-    checkpoint, names = _checkpoint(vllm_config), module.cfg.names
+    checkpoint, cfg, names = _checkpoint(vllm_config), module.cfg, module.cfg.names
     specs, _, _ = pure_functions(module)
     quantization = quantization_of(vllm_config)
     check_tensors(
         checkpoint,
         specs,
-        tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None,
+        tied_head=f"{names.lm_head}.weight" if cfg.tie_embeddings else None,
         unread=quantization.unread if quantization else (),
+        others=[*names.unread, *(f"{names.layer.format(layer=cfg.num_layers + i)}." for i in range(cfg.layers_unread))],
     )
     if quantized_cache_dtype(vllm_config):
         sources = expected_tensors(specs).items()

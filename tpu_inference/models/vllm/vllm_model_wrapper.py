@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tpu_inference.compat import as_loader_looks_for, import_torchax, start_torch_alone
+from tpu_inference.compat import as_loader_looks_for, import_torchax, latents_put_up, start_torch_alone
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape, storage_dtype
@@ -202,7 +202,7 @@ def build(vllm_config: VllmConfig, mesh: Mesh, expert_parallel: bool = False) ->
         mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers, expert_parallel=expert_parallel
     )
     vllm_config.compilation_config.static_forward_context.clear()
-    with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
+    with set_default_torch_dtype(model_config.dtype), torch.device("cpu"), latents_put_up():
         model = initialize_model(vllm_config).eval().requires_grad_(False)
     lowerings.register()
     for layer in _attention_layers(vllm_config).values():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpu_inference.kernels.flash_attention.shapes import Spec
+from tpu_inference.kernels.quantized_matmul.shapes import drawn
 from tpu_inference.kernels.ragged_paged_attention.shapes import AttentionShape
 from tpu_inference.tools.kernel_report.cases import device_of
 
@@ -54,9 +55,16 @@ def _flash(draw: random.Random, index: int) -> Drawn:
     return spec.about, spec
 
 
+def _quantized(draw: random.Random, index: int) -> Drawn:
+    del index
+    spec = drawn(draw)
+    return spec.about, spec
+
+
 DRAW: Mapping[str, Callable[[random.Random, int], Drawn]] = {
     "ragged_paged_attention": _paged,
     "flash_attention": _flash,
+    "quantized_matmul": _quantized,
 }
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from tpu_inference.kernels.flash_attention import config as flash
 from tpu_inference.kernels.grouped_matmul import config as grouped
 from tpu_inference.kernels.mla import config as mla
+from tpu_inference.kernels.quantized_matmul import config as quantized
 from tpu_inference.kernels.ragged_paged_attention import config as paged
 
 Axes = Mapping[str, Iterable[Any]]
@@ -76,8 +77,15 @@ def _mla_axes(key: mla.ShapeKey) -> Axes:
     return {"pages_per_item": pages, "slots": (3, 4, 5, 6), "piece": (256, 512, 1024)}
 
 
-def _mla_fits(key: mla.ShapeKey, fields: paged.DecodeConfig) -> bool:
+def _mla_fits(key: mla.ShapeKey, fields: mla.DecodeConfig) -> bool:
     return fields.slots * fields.pages_per_item * key.page_size * key.token_bytes <= paged.VMEM_BYTES
+
+
+def _mla_of(shape: Any, fields: mla.DecodeConfig) -> mla.DecodeConfig:
+    """A piece that does not divide an item is all of it."""
+    fields = fields.within(shape.table_width, shape.page_size)
+    tokens = fields.pages_per_item * shape.page_size
+    return replace(fields, piece=tokens if tokens % fields.piece else fields.piece)
 
 
 # Flash attention.
@@ -113,6 +121,13 @@ def _grouped_axes(key: grouped.ShapeKey) -> Axes:
     return {"block_out": outs, "slots": (2, 3, 4, 6)}
 
 
+# Products with quantized weights.
+
+
+def _quantized_axes(key: quantized.ShapeKey) -> Axes:
+    return {"block_out": [n for n in POWERS if quantized.LANES <= n <= key.out], "slots": (2, 3, 4, 6, 8)}
+
+
 PARTS: tuple[Part, ...] = (
     Part(
         paged.OP, "decode", _decode_axes, _decode_fits,
@@ -129,8 +144,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         mla.OP, "decode", _mla_axes, _mla_fits,
         lambda shape: all(new == 1 for _, new in shape.rows),
-        _decode_of,
-        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill, 1),
+        _mla_of,
+        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill),
     ),
     Part(flash.OP, flash.PART, _flash_axes, _flash_fits, lambda shape: True, lambda shape, fields: fields),
     Part(
@@ -138,6 +153,12 @@ PARTS: tuple[Part, ...] = (
         lambda key, fields: key.vmem_bytes(fields) <= max(grouped.VMEM_BYTES.values()),
         lambda shape: True,
         lambda shape, fields: fields.within(shape.key(), shape.rows),
+    ),
+    Part(
+        quantized.OP, quantized.PART, _quantized_axes,
+        lambda key, fields: key.vmem_bytes(fields.within(key.out)) <= quantized.MOST_VMEM_BYTES,
+        lambda shape: shape.few,
+        lambda shape, fields: fields.within(shape.out),
     ),
 )  # fmt: skip
 
