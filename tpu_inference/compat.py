@@ -376,11 +376,11 @@ def latents_put_up() -> Iterator[None]:
     from vllm.config import ModelConfig
 
     kept = ModelConfig.use_mla
-    ModelConfig.use_mla = property(lambda self: False)  # type: ignore[assignment, method-assign]
+    ModelConfig.use_mla = property(lambda self: False)
     try:
         yield
     finally:
-        ModelConfig.use_mla = kept  # type: ignore[method-assign]
+        ModelConfig.use_mla = kept
 
 
 def thinking_budget_state(reasoning_config: Any, params: Any, prompt: list[int]) -> Any:
