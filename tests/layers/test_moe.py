@@ -142,7 +142,7 @@ def test_by_the_kernel(sharding):
 def test_groups_that_the_kernel_has_no_product_with_are_refused_on_tpu():
     refuse_small_groups("w13", 256, "tpu")
     refuse_small_groups("w13", 16, "cpu")
-    with pytest.raises(TpuInferenceError, match="w13 is quantized in groups of 64 columns.*128 columns or a multiple"):
+    with pytest.raises(TpuInferenceError, match=r"w13 is quantized in groups of 64 columns.*128 columns or a multiple"):
         refuse_small_groups("w13", 64, "tpu")
 
 
