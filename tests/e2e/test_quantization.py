@@ -195,7 +195,7 @@ EXPERTS = [
     ("mixtral@even", "fp8-block", {}),
     ("mixtral@even", "int4-group", dict(tensor_parallel_size=2, enable_expert_parallel=True)),
     ("mixtral@even", "int8-channel", dict(tensor_parallel_size=2)),
-    ("mixtral@even", "fp8-block-128", dict(tensor_parallel_size=4)),
+    ("mixtral@even", "fp8-block-128", dict(tensor_parallel_size=2)),
     ("qwen3-moe@even-experts", "fp8-block", dict(tensor_parallel_size=2)),
     ("qwen2-moe@even-experts", "fp8-tensor", {}),
 ]

@@ -17,6 +17,7 @@ from tpu_inference.layers.common.moe import (
     ExpertWeights,
     Routing,
     experts,
+    refuse_small_groups,
     refuse_uneven_experts,
     route,
 )
@@ -136,6 +137,13 @@ def test_any_choice(sharding, chosen, tokens, top_k, seed):
 @pytest.mark.parametrize("sharding", ["whole", "experts"])
 def test_by_the_kernel(sharding):
     check("silu", biased=True, form="pallas_interpret", sharding=sharding)
+
+
+def test_groups_that_the_kernel_has_no_product_with_are_refused_on_tpu():
+    refuse_small_groups("w13", 256, "tpu")
+    refuse_small_groups("w13", 16, "cpu")
+    with pytest.raises(TpuInferenceError, match=r"w13 is quantized in groups of 64 columns.*128 columns or a multiple"):
+        refuse_small_groups("w13", 64, "tpu")
 
 
 def test_experts_that_do_not_divide_are_refused():

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.forms import Implementation
 from tpu_inference.kernels.grouped_matmul import grouped_matmul, implementation_for, lies_transposed
+from tpu_inference.kernels.grouped_matmul.config import LANES
 from tpu_inference.layers.common.expert_dispatch import Dispatch
 from tpu_inference.layers.common.sharding import MODEL_AXIS, spec
 
@@ -92,6 +93,15 @@ def refuse_uneven_experts(num_experts: int, devices: int) -> None:
         raise TpuInferenceError(
             f"--enable-expert-parallel with {num_experts} experts on {devices} devices: each device needs as many experts. "
             "Use a --tensor-parallel-size that divides them, or remove --enable-expert-parallel."
+        )
+
+
+def refuse_small_groups(name: str, size: int, platform: str) -> None:
+    """Raises TpuInferenceError where experts' scales are of groups of `size` columns that the kernel of that platform has no product with."""
+    if platform == "tpu" and size % LANES:
+        raise TpuInferenceError(
+            f"{name} is quantized in groups of {size} columns, and those of experts are served on TPU in {LANES} columns or a multiple: "
+            "use a checkpoint with such groups, or with a scale a row."
         )
 
 

@@ -16,6 +16,7 @@ from tpu_inference.layers.common.moe import (
     ExpertWeights,
     Sharding,
     experts,
+    refuse_small_groups,
     refuse_uneven_experts,
     route,
 )
@@ -114,6 +115,9 @@ class MoE(nnx.Module):
                 f"{next(iter(spec.sources()))} holds the quantized weights of all experts together: served are tensors of one expert each."
             )
         values, scales = quantized(spec, scheme, self.shards)
+        if scales.shape[1] > 1:
+            size = values.shape[1] // scales.shape[1]
+            refuse_small_groups(next(iter(spec.sources())), size, self.mesh.devices.flat[0].platform)
         return StackParam(values), StackParam(scales)
 
     def _bias_specs(self, width: str | None, stack: dict[str, Any]) -> tuple[WeightSpec, WeightSpec] | None:

@@ -19,11 +19,12 @@ from tpu_inference.layers.common.moe import (
     Routing,
     Sharding,
     experts,
+    refuse_small_groups,
     refuse_uneven_experts,
     route,
 )
 from tpu_inference.layers.common.sharding import MODEL_AXIS
-from tpu_inference.layers.vllm.quantized_experts import QuantizedExpertsMethod
+from tpu_inference.layers.vllm.quantized_experts import EXPERT_SCALES, QuantizedExpertsMethod
 
 
 class TpuExpertsMethod(FusedMoEMethodBase):
@@ -37,6 +38,10 @@ class TpuExpertsMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self._mesh, self._accumulate_dtype = mesh, accumulate_dtype
         self._activation = layer.activation.value
+        for name, scales in layer.named_parameters(recurse=False):
+            if name in EXPERT_SCALES and (groups := scales.shape[2]) > 1:
+                columns = getattr(layer, name.removesuffix("_scale")).shape[2]
+                refuse_small_groups(f"{layer.layer_name}.{name}", columns // groups, mesh.devices.flat[0].platform)
         shards = mesh.shape[MODEL_AXIS]
         self.sharding: Sharding = "whole"
         if shards > 1 and expert_parallel:

@@ -49,7 +49,8 @@ class QuantizedExpertsMethod(FusedMoEMethodBase):
         self, layer: RoutedExperts, name: str, shape: tuple[int, int, int], load: Callable[..., Any], shards: int
     ) -> None:
         experts, rows, columns = shape
-        size = group_size(self.scheme, f"{self._prefix}.{name}", columns, shards if columns % shards == 0 else 1)
+        whole = shards if columns % shards == 0 else 1
+        size = group_size(self.scheme, f"{self._prefix}.{name}", columns, whole, may_cut=False)
         values = torch.nn.Parameter(torch.empty(shape, dtype=getattr(torch, self.scheme.dtype)), requires_grad=False)
         scales = torch.nn.Parameter(torch.empty(experts, rows, columns // size), requires_grad=False)
         set_weight_attrs(

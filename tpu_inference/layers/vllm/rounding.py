@@ -44,13 +44,14 @@ def rounded_whole(weight: torch.Tensor, dtype: str, group: int) -> tuple[torch.T
     return scales, values
 
 
-def group_size(scheme: Scheme, name: str, columns: int, shards: int) -> int:
-    """Columns that share a scale on each of `shards` devices. Raises TpuInferenceError where these would have too small a part of a group."""
+def group_size(scheme: Scheme, name: str, columns: int, shards: int, *, may_cut: bool = True) -> int:
+    """Columns that share a scale on each of `shards` devices. Raises TpuInferenceError where these would have too small a part of a group,
+    or any part unless `may_cut`."""
     if scheme.groups(columns) == 1:
         return columns
     size = scheme.block[1] or columns
     part = part_of_group(size, (columns, columns // shards))
-    if part is None:
+    if part is None or (part < size and not may_cut):
         advice = (
             "use a smaller --tensor-parallel-size" if shards > 1 else "use a checkpoint with groups that divide them"
         )

@@ -36,7 +36,7 @@ def refused_scheme(quant_config: Any) -> str | None:
     if kind == ("float", 8, "tensor", False) and scheme.get("symmetric", True):
         return None
     dynamic = "with scales made while serving" if kind[3] else "with fixed scales"
-    return f"A KV cache of {kind[0]}{kind[1]} by {kind[2]} {dynamic}"
+    return f"A KV cache of {kind[0]}{kind[1]} by {kind[2]} {dynamic} (--kv-cache-dtype bfloat16 does without)"
 
 
 def warn_of_missing_scales(missing: int) -> None:
