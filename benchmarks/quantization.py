@@ -126,6 +126,10 @@ AT_LOAD: dict[str, dict[str, Any]] = {
         quantization="online", quantization_config={"linear": "int8_per_channel_static"}
     ),
     "fp8, at load (`fp8_per_channel`)": dict(quantization="fp8_per_channel"),
+    "int8 weights and activations, at load (rules `int8_weights_activations`)": dict(
+        additional_config={"quantization": "int8_weights_activations"}
+    ),
+    "bfloat16, KV cache in fp8 (`--kv-cache-dtype fp8`), scales of 1": dict(kv_cache_dtype="fp8"),
 }
 
 
@@ -198,7 +202,7 @@ def main() -> None:
             more = found / plain.setdefault(implementation, found) - 1
             row += [f"{found:.4f}", f"{100 * more:+.2f} %"]
             print(kind, implementation, found, more, flush=True)
-        bar = next((bar for name, bar in BARS.items() if kind.startswith(name)), None)
+        bar = next((bar for name, bar in BARS.items() if kind.startswith(name) or f"cache in {name}" in kind), None)
         row.append(
             ""
             if bar is None

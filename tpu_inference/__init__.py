@@ -21,7 +21,9 @@ def tpu_platform_plugin() -> str | None:
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: make our environment variables known to vLLM, in every process."""
+    """Entry point of `vllm.general_plugins`: tell vLLM, in every process, of our environment variables and of what is served without its images."""
     from tpu_inference import envs
+    from tpu_inference.models.common.registry import declare_text_only
 
     envs.register_with_vllm()
+    declare_text_only()

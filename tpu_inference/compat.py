@@ -15,8 +15,9 @@
 | `Tensor.type_as` of torchax | `import_torchax` | torchax 0.0.13 changes the tensor itself, and knows no views | torchax returns another |
 | `transformers_moe_forward` by its Python function | `operations_that_call_modules` | torch's dispatcher leaves torchax before the experts are called | it is a method again |
 | DBRX's experts renamed | `as_loader_looks_for` | vLLM's class loads them by the names of before they became a module's | its `load_weights` finds them |
-| which layers a quantization leaves out | `fp8_skips`, `awq_skips`, `gptq_skips`, `online_skips`, `compressed_tensors_target` | vLLM asks with its own modules at hand | a config answers for a name |
+| which layers a quantization leaves out | `fp8_skips`, `awq_skips`, `gptq_skips`, `modelopt_skips`, `online_skips`, `compressed_tensors_target` | vLLM asks with its own modules at hand | a config answers for a name |
 | one torch process, whole weights | `start_torch_alone` | vLLM's layers ask their process group how far they are divided; JAX divides them instead | layers take it from the config |
+| `ModelConfig.use_mla` says no | `latents_put_up` | vLLM's classes of latent attention would ask for a backend of it; in their multi-head form they ask for ours | a class can be told |
 | `vllm.ir` without its torch wrap | `start_torch_alone` | a custom op of torch's registry hides the arithmetic from torchax | torchax lowers `vllm_ir` ops |
 | loading of custom logits processors | `custom_logits_processors` | vLLM drops them silently for TPU; the runner serves them | a platform can say that it does |
 | `prometheus_client.mmap_dict` | `MetricFile` | the engine's metrics, in the files that prometheus_client's public collector reads | it has a writer that is not chosen by a variable at import |
@@ -78,15 +79,16 @@ def require_safetensors(model_config: Any, load_config: Any) -> None:
         )
 
 
-def declare_architecture(architecture: str) -> None:
-    """Tell vLLM that `architecture` exists and generates text, unless it has a class of its own for it.
+def declare_architecture(architecture: str, *, replace: bool = False) -> None:
+    """Tell vLLM that `architecture` exists and generates text, unless it has a class of its own for it, which is not to be replaced.
 
     vLLM asks its registry what a model can do before any worker starts, by looking at a PyTorch class; ours is never built.
     """
     import torch
     from vllm import ModelRegistry
 
-    if architecture in ModelRegistry.get_supported_archs():
+    known = architecture in ModelRegistry.get_supported_archs()
+    if known and not replace:
         return
 
     class ServedByJax(torch.nn.Module):
@@ -285,6 +287,11 @@ def gptq_skips(config: Any, layer: str) -> bool:
     return left or not is_layer_gptq_quantized(layer, config.modules_in_block_to_quantize)
 
 
+def modelopt_skips(config: Any, layer: str) -> bool:
+    """Whether vLLM's ModelOpt config leaves the linear layer of that name as it is."""
+    return config.is_layer_excluded(layer)
+
+
 def online_skips(config: Any, layer: str) -> bool:
     """Whether vLLM's OnlineQuantizationConfig leaves the linear layer of that name as it is."""
     from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
@@ -361,6 +368,19 @@ def start_torch_alone(vllm_config: Any) -> None:
             world_size=1, rank=0, local_rank=0, distributed_init_method=_rendezvous(), backend="gloo"
         )
         ensure_model_parallel_initialized(1, 1)
+
+
+@contextmanager
+def latents_put_up() -> Iterator[None]:
+    """vLLM's classes that are made inside attend over keys and values of every head, put up from latents, as with VLLM_MLA_DISABLE=1."""
+    from vllm.config import ModelConfig
+
+    kept = ModelConfig.use_mla
+    ModelConfig.use_mla = property(lambda self: False)
+    try:
+        yield
+    finally:
+        ModelConfig.use_mla = kept
 
 
 def thinking_budget_state(reasoning_config: Any, params: Any, prompt: list[int]) -> Any:

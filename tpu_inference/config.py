@@ -26,6 +26,12 @@ def _bool(value: Any) -> bool:
     return value
 
 
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a name or a path")
+    return value
+
+
 def _setting(parse: Callable[[Any], Any], doc: str) -> Any:
     """A field that is None unless set; `parse` raises ValueError with what is allowed."""
     return dataclasses.field(default=None, metadata={"parse": parse, "doc": doc})
@@ -44,6 +50,11 @@ class TpuConfig:
     background_compile: bool | None = _setting(
         _bool,
         "Serve as soon as the first programs are compiled, the others follow meanwhile (default on the CPU), or compile all first (default on TPU).",
+    )
+
+    quantization: str | None = _setting(
+        _name,
+        "Rules by which weights are rounded as they are loaded: a ready-made file's name, or the path of a YAML file.",
     )
 
     @classmethod

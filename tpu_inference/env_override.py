@@ -26,9 +26,6 @@ ALWAYS = (
         "1",
         "One process drives all devices of a host: vLLM then chooses the `uni` executor itself, and `mp` is the user's explicit wish.",
     ),
-    Default(
-        "VLLM_MLA_DISABLE", "1", "Latent attention is served in its multi-head form, which vLLM's classes fall back to."
-    ),
 )
 ON_CPU = (
     Default("JAX_PLATFORMS", "cpu", "With libtpu installed and no TPU, JAX would first look for one for a while."),

@@ -171,6 +171,14 @@ ENV_VARS: dict[str, EnvVar] = {
             "JAX where there is a class for it.",
         ),
         EnvVar(
+            "VLLM_MLA_DISABLE",
+            _bool,
+            _BOOL_VALUES,
+            False,
+            "Serve DeepSeek by vLLM's PyTorch class, which caches keys and values of every head, instead of the JAX class, "
+            "which caches a latent a token.",
+        ),
+        EnvVar(
             "TPU_HEALTH_TIMEOUT",
             _natural,
             "a whole number of seconds from 0",

@@ -32,6 +32,8 @@ ARCHITECTURES = {
     "qwen2-moe": "Qwen2MoeForCausalLM",
     "qwen3-moe": "Qwen3MoeForCausalLM",
     "gpt-oss": "GptOssForCausalLM",
+    "llama4": "Llama4ForCausalLM",
+    "deepseek-v3": "DeepseekV3ForCausalLM",
 }
 
 
@@ -75,6 +77,7 @@ def programs(
         *((name, topology) for name in ("llama", "gemma3") for topology in ("v6e:2x2", "v5e:2x2")),
         ("qwen2-moe", "v5e:2x2"),
         ("gpt-oss", "v6e:2x2"),
+        ("llama4", "v6e:2x2"),
     ],
 )
 def test_forward_compiles_with_the_cache_in_place(name, topology):
@@ -147,6 +150,25 @@ def test_experts_of_odd_widths_are_multiplied_where_they_lie(topology):
     assert len(stacks) == 2, "gate and up, down"
     memory = case.fn.lower(*case.args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < min(map(shard_bytes, stacks)) / 4, "the experts of one of four layers"
+
+
+DEEPSEEK = dict(
+    hidden_size=7168, intermediate_size=2304, num_attention_heads=8, num_key_value_heads=8, q_lora_rank=1536, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=8, num_experts_per_tok=8, n_group=4, topk_group=4,
+    moe_intermediate_size=2048, n_shared_experts=1, first_k_dense_replace=1,
+)  # fmt: skip
+"""V3's layers with the dense width, heads and experts that a device has of 64; a dense and three layers of experts."""
+
+
+def test_latent_attention_reads_weights_and_latents_where_they_lie():
+    """On one device of as many as DeepSeek V3 needs, in blocks of fp8: neither the cache nor what is absorbed is copied."""
+    case = programs("deepseek-v3", "v6e:2x2", 1, _BLOCK, **DEEPSEEK).forward_case(Bucket(32, 32))
+    compiled = case.fn.lower(*case.args).compile()
+    memory, pages = compiled.memory_analysis(), case.args[1].pages[0]
+    assert memory.alias_size_in_bytes >= shard_bytes(pages)
+    assert "paged_decode" in compiled.as_text(), "the kernels serve it"
+    up = 8 * 128 * 512 * 2
+    assert memory.temp_size_in_bytes < 3 * 3 * up, "what is absorbed of the keys of three layers, and as much again"
 
 
 def test_scanned_weights_are_not_copied_on_tpu7x():

@@ -153,7 +153,7 @@ def test_an_id_used_again_right_after_an_abort(llm):
         (dict(pipeline_parallel_size=2), "pipeline parallelism", "--tensor-parallel-size"),
         (dict(enable_lora=True), "LoRA", "remove --enable-lora"),
         (dict(quantization="fp8"), "(?i)fp8|quantization", "unquantized|quantization"),
-        (dict(kv_cache_dtype="fp8"), "KV cache of type 'fp8'", "--kv-cache-dtype auto"),
+        (dict(kv_cache_dtype="int8_per_token_head"), "KV cache of type 'int8_per_token_head'", "--kv-cache-dtype auto"),
         (
             dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}),
             "speculative decoding",
@@ -178,7 +178,7 @@ def test_an_unserved_option_is_refused_with_what_to_do(options, what, advice):
 
 def test_all_unserved_options_are_in_one_error():
     with pytest.raises(Exception, match="LoRA") as error:
-        EngineArgs(MODEL, enable_lora=True, kv_cache_dtype="fp8", cpu_offload_gb=1).create_engine_config()
+        EngineArgs(MODEL, enable_lora=True, kv_cache_dtype="fp8_e5m2", cpu_offload_gb=1).create_engine_config()
     assert error.match("KV cache of type") and error.match("offloaded")
 
 

@@ -9,7 +9,7 @@ from helpers.engines import engine, free_blocks, generate, greedy_params, schedu
 from helpers.tiny_models import FAMILIES, greedy, prompts
 
 COUNT = 64
-ON_EIGHT_DEVICES, ON_ONE = ("mixtral", "qwen3-moe"), ("qwen2-moe", "gpt-oss")
+ON_EIGHT_DEVICES, ON_ONE = ("mixtral", "qwen3-moe", "deepseek-v2"), ("qwen2-moe", "gpt-oss", "llama4", "deepseek-v3")
 """Families with experts take the longest, so each is in one of these tests; tests/models/test_moe_models.py runs all of them step by step."""
 SLOW = {name for name in FAMILIES if name not in ("llama", "gemma3", "phi3")}
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from vllm import LLM, SamplingParams
 
 from helpers.tiny_models import MAX_LEN
+from helpers.tiny_models import prompts as random_prompts
 
 DEFAULTS: dict[str, Any] = dict(
     dtype="float32",
@@ -50,6 +52,23 @@ def generate(llm: LLM, prompts: Sequence[list[int]], params: Any) -> list[Any]:
 def tokens(llm: LLM, prompts: Sequence[list[int]], count: int = 64, **more: Any) -> list[list[int]]:
     """Greedy continuations."""
     return [list(out.outputs[0].token_ids) for out in generate(llm, prompts, greedy_params(count, **more))]
+
+
+def of_prompts(llm):
+    """The log probability of each token of the prompts, which are read in chunks of 16."""
+    outputs = generate(llm, random_prompts(8), greedy_params(1, prompt_logprobs=0))
+    return np.array(
+        [
+            entry[token].logprob
+            for out in outputs
+            for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True)
+        ]
+    )
+
+
+def likeness(expected, found):
+    """Of log probabilities: 1 where they are alike, near 0 where they have nothing to do with each other."""
+    return np.corrcoef(expected, found)[0, 1]
 
 
 def scheduler(llm: LLM) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-LINEAR = re.compile(r"layers\.\d+\..*(_proj|\.w[123])\.weight$")
+LINEAR = re.compile(r"layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123])\.weight$")
 FP8 = torch.float8_e4m3fn
 Tensors = dict[str, torch.Tensor]
 
@@ -75,8 +75,33 @@ def _with_zeros(name: str, weight: torch.Tensor, how: dict[str, Any]) -> tuple[T
     return {base + key: value for key, value in stored.items()}, meant
 
 
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def _nvfp4(name: str, weight: torch.Tensor, how: dict[str, Any]) -> tuple[Tensors, torch.Tensor]:
+    """(what the checkpoint holds, what it means)."""
+    (_, size), base, whole = how["block"], name.removesuffix("weight"), 0.125
+    scales = _scales(weight, (1, size), 6.0) / whole
+    every = _every(scales * whole, (1, size), weight.shape)
+    codes = (_E2M1 - (weight / every).abs()[..., None]).abs().argmin(-1)
+    meant = _E2M1[codes] * every * weight.sign()
+    codes = (codes + 8 * (weight < 0)).to(torch.uint8)
+    packed, scales = codes[:, ::2] | (codes[:, 1::2] << 4), scales.to(FP8)
+    assert (scales.float() * whole == every[:, ::size]).all()
+    if how["layout"] == "nvfp4-modelopt":
+        stored = {"weight": packed, "weight_scale": scales, "weight_scale_2": torch.tensor(whole), "input_scale": torch.tensor(1.0)}  # fmt: skip
+    else:
+        stored = {
+            "weight_packed": packed, "weight_scale": scales, "weight_global_scale": torch.tensor([1 / whole]),
+            "input_global_scale": torch.tensor([1.0]),
+        }  # fmt: skip
+    return {base + key: value for key, value in stored.items()}, meant
+
+
 def _quantize(name: str, weight: torch.Tensor, how: dict[str, Any]) -> tuple[Tensors, torch.Tensor]:
     """(what the checkpoint holds, what it means)."""
+    if how.get("layout", "").startswith("nvfp4"):
+        return _nvfp4(name, weight, how)
     if "layout" in how:
         return _with_zeros(name, weight, how)
     block = tuple(size or whole for size, whole in zip(how["block"], weight.shape, strict=True))
@@ -147,27 +172,50 @@ KINDS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 """By name: how weights of linear layers are stored, and what config.json says of it."""
+_FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+_FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+MORE_KINDS = {
+    "fp8-channel-cache": KINDS["fp8-channel"]
+    | {"config": KINDS["fp8-channel"]["config"] | {"kv_cache_scheme": _FP8_CACHE}},
+    "nvfp4": dict(
+        layout="nvfp4",
+        block=(1, 16),
+        config=_compressed("nvfp4-pack-quantized", _FP4, _FP4 | {"dynamic": "local"}),
+    ),
+    "nvfp4-modelopt": dict(
+        layout="nvfp4-modelopt",
+        block=(1, 16),
+        config={"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]},
+    ),
+    "fp8-block-128": KINDS["fp8-block"]
+    | {"block": (128, 128), "config": KINDS["fp8-block"]["config"] | {"weight_block_size": [128, 128]}},
+}
+"""A checkpoint that asks for a KV cache of its own; NVFP4, both ways of storing it;
+blocks as published ones have, which tiny matrices on several devices cut."""
 
 
 def save(
     path: str, kind: str, directory: Path, change: Callable[[Tensors], None] = lambda tensors: None
 ) -> tuple[str, str]:
     """(the checkpoint at `path` quantized, its twin). `change` may spoil the tensors before they are written."""
+    how = {**KINDS, **MORE_KINDS}[kind]
     made = directory / f"{Path(path).name}-{kind}", directory / f"{Path(path).name}-{kind}-twin"
     quantized: Tensors = {}
     twin: Tensors = {}
     for name, tensor in load_file(Path(path) / "model.safetensors").items():
         if LINEAR.search(name):
-            stored, meant = _quantize(name, tensor.float(), KINDS[kind])
+            stored, meant = _quantize(name, tensor.float(), how)
             quantized |= {key: value.contiguous() for key, value in stored.items()}
             twin[name] = meant.bfloat16()
             assert torch.equal(twin[name].float(), meant), "the twin is exact"
         else:
             quantized[name] = twin[name] = tensor.bfloat16()
     change(quantized)
-    for where, tensors, extra in zip(
-        made, (quantized, twin), ({"quantization_config": KINDS[kind]["config"]}, {}), strict=True
-    ):
+    config_of = how["config"]
+    routers = [name.removesuffix(".weight") for name in twin if name.endswith(".mlp.gate.weight")]
+    if routers and config_of["quant_method"] == "fp8":  # as published checkpoints say it
+        config_of = {**config_of, "modules_to_not_convert": routers}
+    for where, tensors, extra in zip(made, (quantized, twin), ({"quantization_config": config_of}, {}), strict=True):
         shutil.rmtree(where, ignore_errors=True)
         where.mkdir(parents=True)
         config = json.loads((Path(path) / "config.json").read_text())

@@ -35,6 +35,11 @@ _FULL_YARN = dict(_YARN, beta_fast=32.0, beta_slow=1.0, truncate=False)
 _GEMMA = dict(num_attention_heads=4, num_key_value_heads=2, query_pre_attn_scalar=80, sliding_window=24)
 
 _MOE = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=43)
+_DEEPSEEK = dict(
+    q_lora_rank=40, kv_lora_rank=24, qk_rope_head_dim=10, qk_nope_head_dim=18, v_head_dim=14, n_routed_experts=8,
+    num_experts_per_tok=3, moe_intermediate_size=43, n_shared_experts=2, first_k_dense_replace=1, num_key_value_heads=None,
+)  # fmt: skip
+_DEEPSEEK_YARN = dict(_YARN, mscale=1.0, mscale_all_dim=0.8)
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -66,6 +71,47 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             rope_parameters=_FULL_YARN,
         ),
     ),
+    # Chunks that prompts go past, layers without positions, and experts in every other layer.
+    "llama4": (
+        "Llama4TextConfig",
+        dict(
+            num_local_experts=8,
+            num_experts_per_tok=1,
+            intermediate_size=43,
+            intermediate_size_mlp=101,
+            interleave_moe_layer_step=2,
+            no_rope_layers=[1, 0, 1],
+            attention_chunk_size=16,
+            floor_scale=8,
+            rope_parameters=_LLAMA3,
+        ),
+    ),
+    # Queries of the hidden state itself, as in V2-Lite, and groups, as in V2.
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        dict(
+            _DEEPSEEK,
+            q_lora_rank=None,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            scoring_func="softmax",
+            routed_scaling_factor=1.5,
+        ),
+    ),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        dict(
+            _DEEPSEEK,
+            topk_method="noaux_tc",
+            scoring_func="sigmoid",
+            n_group=4,
+            topk_group=2,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            rope_parameters=_DEEPSEEK_YARN,
+        ),
+    ),
 }
 """Name -> (class of transformers' config, what differs from the common shape)."""
 _EIGHT = dict(num_attention_heads=8, num_key_value_heads=2)
@@ -76,6 +122,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "d128": dict(head_dim=128),
     "deep": dict(_EIGHT, num_hidden_layers=6),
     "even": dict(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=32),
+    "even-experts": dict(
+        hidden_size=128,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=64,
+        intermediate_size=64,
+    ),
     "tied": dict(tie_word_embeddings=True),
 }
 """What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants, and a vocabulary that it divides or not; a head dim
@@ -95,6 +149,9 @@ def build(name: str, **changes: Any) -> torch.nn.Module:
         fields["num_hidden_layers"] = len(fields["layer_types"])
     if name.startswith("qwen2") or name == "phi3":
         fields.pop("head_dim")
+    if name.startswith("deepseek"):
+        fields.pop("head_dim")
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, kind)(**fields), attn_implementation="eager"
@@ -105,6 +162,9 @@ def build(name: str, **changes: Any) -> torch.nn.Module:
                 parameter.mul_(SCALE)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     return model.float().eval()
 
 

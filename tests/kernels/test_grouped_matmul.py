@@ -16,6 +16,7 @@ from tpu_inference.kernels.grouped_matmul import api, grouped_matmul, implementa
 from tpu_inference.kernels.grouped_matmul.config import Config, ShapeKey, heuristic
 from tpu_inference.kernels.grouped_matmul.shapes import SHAPES
 from tpu_inference.kernels.grouped_matmul.units import num_units, units
+from tpu_inference.layers.common.quantization import without_minus_zero
 
 
 def arrays(sizes, *, rows=None, out=40, columns=24, dtype=jnp.float32, seed=0):
@@ -194,6 +195,17 @@ class TestKernel:
     def test_scales(self, blocks):
         args, scales = quantized(arrays([5, 0, 20], out=256, columns=256), *blocks)
         compare("pallas_interpret", args, scales=scales, config=Config(16, 128), atol=1e-2)
+
+    @pytest.mark.parametrize("chip", ["v6e", "tpu7x"])
+    @pytest.mark.parametrize("blocks", [(1, 256), (128, 128)])
+    def test_e4m3(self, chip, blocks, monkeypatch):
+        """Before tpu7x, in blocks, its bits are read with another bias."""
+        monkeypatch.setattr(api, "chip_of", lambda implementation: chip)
+        args, scales = quantized(arrays([5, 0, 20], out=256, columns=256, dtype=jnp.bfloat16), *blocks)
+        values = without_minus_zero(np.asarray(args[1], np.float32).astype(jnp.float8_e4m3fn) / 8)
+        compare(
+            "pallas_interpret", (args[0], jnp.asarray(values), args[2]), scales=scales, config=Config(16, 128), atol=1.0
+        )
 
 
 def test_key_names_the_layer():

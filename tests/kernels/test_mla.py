@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention: its forms against the reference, and the reference against attention that is not absorbed."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,15 +11,16 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.mla import api, latent_pages_shape, misfit, mla_attention
-from tpu_inference.kernels.mla.config import Config, ShapeKey, config_for
-from tpu_inference.kernels.ragged_paged_attention.config import DecodeConfig, PrefillConfig
+from tpu_inference.kernels.mla.config import Config, DecodeConfig, ShapeKey, config_for
+from tpu_inference.kernels.ragged_paged_attention.config import PrefillConfig
 
-MIXED = [(40, 1), (0, 1), (15, 1), (3, 7), (17, 20)]
-SMALL = Config(DecodeConfig(pages_per_item=2, slots=4), PrefillConfig(block_tokens=16, pages_per_chunk=2), heads=2)
+MIXED = [(140, 1), (0, 1), (127, 1), (3, 7), (97, 40)]
+SHORT = [(40, 1), (0, 1), (15, 1), (3, 7), (17, 20)]
+SMALL = Config(DecodeConfig(pages_per_item=2, slots=4), PrefillConfig(block_tokens=16, pages_per_chunk=2))
 TABLE = 4
 
 
-def make_batch(rows, *, heads=4, rank=128, rope=64, page=16, platform="tpu", dtype=jnp.float32, cache=None, pad=2):
+def make_batch(rows, *, heads=4, rank=128, rope=64, page=64, platform="tpu", dtype=jnp.float32, cache=None, pad=2):
     """Positional arguments of the op for rows of (context before, new tokens), with pages of noise."""
     rng = np.random.default_rng(0)
     tokens = sum(new for _, new in rows) + pad
@@ -33,12 +36,12 @@ def make_batch(rows, *, heads=4, rank=128, rope=64, page=16, platform="tpu", dty
     )  # fmt: skip
 
 
-def compare(form, rows, *, atol=2e-5, kv_scale=None, offset=0, **shape):
+def compare(form, rows, *, atol=2e-5, kv_scale=None, offset=0, config=SMALL, **shape):
     """The form's output and pages equal the reference's."""
     args = make_batch(rows, **shape)
     (out, pages), (expected, expected_pages) = (
         mla_attention(
-            *args, offset, scale=0.07, kv_scale=kv_scale, implementation=name, config=SMALL if name == form else None
+            *args, offset, scale=0.07, kv_scale=kv_scale, implementation=name, config=config if name == form else None
         )
         for name in (form, "reference")
     )
@@ -82,18 +85,25 @@ class TestInterpreted:
         yield
         assert not interpret_pallas_call.races.races_found
 
-    @pytest.mark.parametrize("rows", [MIXED, [(30, 1), (63, 1)]])
+    @pytest.mark.parametrize("rows", [MIXED, [(130, 1), (255, 1)]])
     def test_batches(self, rows):
         compare("pallas_interpret", rows)
+
+    @pytest.mark.parametrize("heads", [5, 20])
+    def test_small_pages_and_odd_heads(self, heads):
+        compare("pallas_interpret", SHORT, page=16, heads=heads)
 
     def test_bfloat16(self):
         compare("pallas_interpret", MIXED, dtype=jnp.bfloat16, atol=0.03)
 
+    def test_short_floats_as_they_are(self):
+        config = replace(SMALL, decode=replace(SMALL.decode, mixed=True))
+        cache = dict(dtype=jnp.bfloat16, cache=jnp.float8_e4m3b11fnuz, kv_scale=0.05)
+        compare("pallas_interpret", MIXED[:3], config=config, atol=0.03, **cache)
+
     @pytest.mark.parametrize("cache", [jnp.float8_e4m3fn, jnp.float8_e4m3b11fnuz, jnp.int8])
     def test_pages_of_a_byte_a_number(self, cache):
-        compare(
-            "pallas_interpret", MIXED, page=32, cache=cache, kv_scale=0.02 if cache == jnp.int8 else 0.05, atol=3e-4
-        )
+        compare("pallas_interpret", MIXED, cache=cache, kv_scale=0.02 if cache == jnp.int8 else 0.05, atol=3e-4)
 
 
 def test_one_layer_of_a_pool():
@@ -135,8 +145,21 @@ def test_misfits():
     assert misfit(pages, tables, 128) is None
 
 
-@pytest.mark.parametrize("heads", [1, 5, 16, 20, 128])
-def test_blocks_divide_heads(heads):
-    pages = jax.ShapeDtypeStruct(latent_pages_shape(1, 64, 512, 64, "tpu"), jnp.bfloat16)
-    config = config_for(ShapeKey.of(heads, 512, 64, jnp.bfloat16, pages), "v6e")
-    assert heads % config.heads == 0
+def test_items_are_whole_registers_of_scores():
+    pages = jax.ShapeDtypeStruct(latent_pages_shape(1, 16, 512, 64, "tpu"), jnp.bfloat16)
+    decode = config_for(ShapeKey.of(16, 512, 64, jnp.bfloat16, pages), "v6e").decode
+    assert decode.within(9, 16).pages_per_item == 16
+    assert decode.within(10**6, 16) == decode
+
+
+@pytest.mark.parametrize(
+    ("chip", "cache", "mixed"),
+    [
+        ("v6e", "float8_e4m3b11fnuz", True), ("tpu7x", "float8_e4m3fn", True), ("v4", "float8_e4m3b11fnuz", False),
+        ("v6e", "int8", False), (None, "float8_e4m3b11fnuz", False),
+    ],
+)  # fmt: skip
+def test_which_chips_take_short_floats_as_they_are(chip, cache, mixed):
+    pages = jax.ShapeDtypeStruct(latent_pages_shape(1, 64, 512, 64, "tpu"), cache)
+    assert config_for(ShapeKey.of(16, 512, 64, jnp.bfloat16, pages), chip).decode.mixed is mixed
+    assert not config_for(ShapeKey.of(16, 512, 64, jnp.float32, pages), chip).decode.mixed

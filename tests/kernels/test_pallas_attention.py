@@ -132,6 +132,11 @@ def test_a_window_known_when_compiled():
     np.testing.assert_allclose(out[:30], expected[:30], atol=2e-5)
 
 
+def test_one_token_behind_rows_of_more():
+    """As the last part of a prompt in another chunk of local attention."""
+    compare([(40, 1), (0, 1), (9, 7), (15, 1), (3, 20), (0, 1)])
+
+
 def test_no_rows_at_all():
     args = make_batch([], page_size=PAGE, num_heads=2, num_kv_heads=1, head_dim=128)
     _, pages = ragged_paged_attention(*args, scale=0.1, implementation="pallas_interpret")

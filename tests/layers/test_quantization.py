@@ -15,9 +15,11 @@ from tpu_inference.layers.common.quantization import (
     PackedSource,
     Quantization,
     Scheme,
+    dequantized,
     quantized,
     rounded,
     scales_of_rows,
+    without_minus_zero,
 )
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 
@@ -103,6 +105,56 @@ def test_a_part_is_rounded_by_the_scale_of_its_whole_row(box, dtype):
     assert (error <= {"int8": 0.51, "float8_e4m3fn": 16.1}[dtype] * scales).all()
 
 
+@settings(deadline=None)
+@given(boxes(columns=64), st.sampled_from([1, 2]))
+def test_a_part_is_rounded_by_the_scales_of_its_groups(box, parts):
+    weight = np.random.default_rng(0).normal(size=(ROWS, 64)).astype(ml_dtypes.bfloat16)
+    scheme, source = Scheme("int8", (1, 32), at_load=True), Source("w.weight", weight.shape)
+    values, scales = scheme.values(source, parts), scheme.scales(source, parts)
+    rows, columns = box
+    every = scales.read(reader(weight), "w.weight", (rows, slice(0, 2 * parts)))
+    groups = np.abs(weight.astype(np.float32)).reshape(ROWS, 2 * parts, -1).max(2) / 127
+    np.testing.assert_array_equal(every, groups[rows])
+    meant = values.read(reader(weight), "w.weight", box) * every.repeat(32 // parts, axis=1)[:, columns]
+    assert (
+        np.abs(meant - weight[box].astype(np.float32)) <= 0.51 * every.repeat(32 // parts, axis=1)[:, columns]
+    ).all()
+
+
+@settings(deadline=None)
+@given(boxes(columns=64), st.booleans(), st.sampled_from([1, 2]))
+def test_any_part_of_nvfp4_is_what_the_format_says(box, divides, parts):
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 16, (ROWS, 64), dtype=np.uint8)
+    scales, whole = rng.random((ROWS, 4)).astype(ml_dtypes.float8_e4m3fn), np.float32(0.3)
+    values_of = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    meant = values_of[codes] * scales.astype(np.float32).repeat(16, axis=1) * whole
+    tensors = {
+        "l.weight_packed": codes[:, ::2] | codes[:, 1::2] << 4,
+        "l.weight_scale": scales,
+        "l.of_tensor": np.array([1 / whole if divides else whole], np.float32),
+    }
+    scheme = Scheme(
+        "int8", (1, 16), packed=4, layout="nvfp4", values_name="weight_packed", tensor_scale_name="of_tensor", divides=divides
+    )  # fmt: skip
+    weight = Source("l.weight", (ROWS, 64))
+    values, grid = scheme.values(weight), scheme.scales(weight, parts)
+    assert scheme.weight_shape((ROWS, 32)) == (ROWS, 64) and {s.name for s in grid.beside} == {"l.of_tensor"}
+    assert all(source.accepts(tensors[source.name].shape) for source in (values, grid, *grid.beside))
+
+    def read(name, index=()):
+        return tensors[name][index] if index else tensors[name]
+
+    rows, columns = box
+    found = values.read(read, values.name, box)
+    assert found.dtype == np.int8
+    every = grid.read(read, grid.name, (rows, slice(0, 4 * parts))).repeat(16 // parts, axis=1)[:, columns]
+    np.testing.assert_allclose(found * every, meant[box], rtol=1e-6)
+    group = slice(columns.start * parts // 16, -(-columns.stop * parts // 16))
+    some = grid.read(read, grid.name, (rows, group))
+    np.testing.assert_array_equal(some, grid.read(read, grid.name, (rows, slice(0, 4 * parts)))[:, group])
+
+
 def spec_of(columns, axis, pieces):
     return WeightSpec((ROWS, columns), "bfloat16", ("embed", "mlp"), pieces, axis)
 
@@ -116,11 +168,49 @@ def test_scales_of_padded_columns():
     assert quantized(spec, Scheme("int8"), shards=1)[1].shape == (ROWS, 1)
 
 
+@settings(deadline=None)
+@given(st.sampled_from([(576, 2, 32), (576, 1, 64), (512, 4, 128)]), st.integers(1, 18), st.integers(1, 18))
+def test_blocks_that_devices_cut_are_scaled_in_parts(case, start, length):
+    columns, shards, size = case
+    source = Source("w.weight", (ROWS, columns))
+    values, scales = quantized(spec_of(columns, 1, (source.piece(0, columns),)), Scheme("int8", (4, 128)), shards)
+    groups = columns // size
+    assert values.shape == (ROWS, columns) and scales.shape == (ROWS, groups)
+    stored = np.random.default_rng(0).random((-(-ROWS // 4), -(-columns // 128))).astype(np.float32)
+    (piece,) = scales.pieces
+    assert piece.source.accepts(stored.shape)
+    part = slice(min(start, groups) - 1, min(start - 1 + length, groups))
+    read = piece.source.read(reader(stored), "w", (slice(2, 7), part))
+    every = stored.repeat(4, axis=0).repeat(128, axis=1)[:ROWS, :columns]
+    assert (read == every[2:7, ::size][:, part]).all()
+
+
 @pytest.mark.parametrize(("columns", "shards"), [(24, 2), (20, 1)])
 def test_groups_that_are_cut(columns, shards):
     spec = spec_of(columns, 1, (Source("w.weight", (ROWS, columns)).piece(0, columns),))
     with pytest.raises(TpuInferenceError, match="groups of 8 columns"):
         quantized(spec, Scheme("int8", (1, 8)), shards)
+
+
+def test_a_dequantized_matrix_is_what_its_values_mean():
+    rng = np.random.default_rng(3)
+    values, stored = rng.integers(-9, 9, (ROWS, COLUMNS)).astype(np.int8), rng.normal(size=(4, 3)).astype(np.float32)
+    source = dequantized(Source("l.weight", (ROWS, COLUMNS)), Scheme("int8", (4, 8), scales_name="weight_scale_inv"))
+    assert [other.name for other in source.beside] == ["l.weight_scale_inv"] and source.accepts(values.shape)
+    tensors = {"l.weight": values, "l.weight_scale_inv": stored}
+    meant = values * np.repeat(np.repeat(stored, 4, 0)[:ROWS], 8, 1)
+    for box in ((slice(0, ROWS), slice(0, COLUMNS)), (slice(3, 7), slice(5, 19))):
+        found = source.read(lambda name, index=(): tensors[name][index] if index else tensors[name], "l.weight", box)
+        np.testing.assert_allclose(found, meant[box], rtol=1e-6)
+
+
+def test_minus_zero_of_e4m3_is_zero():
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+    found = without_minus_zero(every)
+    np.testing.assert_array_equal(found.astype(np.float32), every.astype(np.float32))
+    assert (found.view(np.uint8) != 0x80).all()
+    other = np.array([-0.0], np.float32)
+    assert without_minus_zero(other) is other
 
 
 def test_layers_that_are_not_alike():

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from tpu_inference.errors import TpuInferenceError
-from tpu_inference.layers.common.rope import SERVED, Rope, apply_rope, rope_from_config
+from tpu_inference.layers.common.rope import SERVED, Rope, apply_rope, rope_from_config, rotate, rotations
 
 HEAD_DIM, TRAINED = 32, 128
 LONG = dict(
@@ -131,6 +131,35 @@ def test_rotation_is_transformers_own():
         np.testing.assert_allclose(np.asarray(apply_rope(x, *tables)), other[0].transpose(0, 1).numpy(), atol=1e-5)
 
 
+def test_interleaved_is_llama_4s_own():
+    from transformers.models.llama4.modeling_llama4 import Llama4TextRotaryEmbedding, apply_rotary_emb
+
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(7, heads, HEAD_DIM)).astype(np.float32) for heads in (4, 2))
+    config = config_of(VARIANTS["llama3"][0], "Llama4TextConfig")
+    freqs = Llama4TextRotaryEmbedding(config)(torch.zeros(1, 7, 1), torch.arange(7)[None])
+    expected = apply_rotary_emb(torch.tensor(q)[None], torch.tensor(k)[None], freqs)
+    tables = rope_from_config(config, HEAD_DIM, 100).cos_sin(jnp.arange(7))
+    for x, other in zip((q, k), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(apply_rope(x, *tables, interleaved=True)), other[0].numpy(), atol=1e-5)
+
+
+def test_a_kind_of_layer_norms_or_scales():
+    """Where one rope does, all have the arrays for it, so that a traced index may choose."""
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(5, heads, 8)), jnp.float32) for heads in (4, 2))
+    positions = jnp.asarray([0, 6, 7, 8, 30])
+    turning, still = rotations([Rope((1.0,) * 4, normed=True), Rope((0.0,) * 4, temperature=(0.1, 8))], positions)
+    q_turned, k_turned = rotate(q, k, turning, interleaved=True, eps=0.0)
+    for x in (q_turned, k_turned):
+        np.testing.assert_allclose(np.square(x).mean(-1), 1.0, rtol=1e-5)
+    q_still, k_still = rotate(q, k, still, interleaved=True, eps=0.0)
+    np.testing.assert_array_equal(k_still, k)
+    scale = 1 + 0.1 * np.log1p([0, 0, 1, 1, 3])
+    np.testing.assert_allclose(q_still, q * scale[:, None, None], rtol=1e-6)
+    assert rotations([Rope((1.0,))], positions)[0][2:] == (None, None)
+
+
 def test_dimensions_beyond_the_rotated_ones_pass_through():
     x = np.random.default_rng(0).normal(size=(5, 2, 10)).astype(np.float32)
     out = np.asarray(apply_rope(x, *Rope((1.0, 0.1, 0.01)).cos_sin(jnp.arange(5))))
@@ -155,3 +184,14 @@ def test_scores_depend_on_distance_alone():
 
     np.testing.assert_allclose(score(9, 4), score(105, 100), rtol=1e-4)
     assert abs(score(9, 4) - score(9, 5)) > 1e-3
+
+
+def test_neighbours_are_turned_as_halves_are():
+    """The same rotation of the same numbers, in another order."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 3, 10)), jnp.float32)
+    rope = Rope((1.0, 0.5, 0.2, 0.1, 0.05), factor=1.5).cos_sin(jnp.arange(5) * 7)
+    order = [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
+    np.testing.assert_allclose(
+        apply_rope(x, *rope, interleaved=True)[..., order], apply_rope(x[..., order], *rope), rtol=1e-6
+    )

@@ -379,6 +379,7 @@ def vllm_config(path, load_format="auto", **changes):
         ),
         parallel_config=SimpleNamespace(enable_expert_parallel=False),
         load_config=LoadConfig(load_format=load_format, use_tqdm_on_load=False),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         quant_config=None,
         additional_config={"scan_layers": False, "background_compile": False},
     )

@@ -18,11 +18,14 @@ from tpu_inference.layers.jax.decoder import pure_functions
 from tpu_inference.models.common.registry import model_class
 from tpu_inference.models.common.vllm_loader import load_model
 
-NAMES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss")
+NAMES = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v2", "deepseek-v3", "llama4")
 PROMPT, ANSWER = 40, 16
 CASES = [
     pytest.param("qwen2-moe", 2, True, True, id="qwen2-moe, experts on two devices, scanned"),
     pytest.param("gpt-oss", 1, False, True, id="gpt-oss, one device, scanned"),
+    pytest.param("llama4", 2, False, True, id="llama4, widths on two devices, scanned"),
+    pytest.param("deepseek-v3", 2, True, True, id="deepseek-v3, experts on two devices, scanned"),
+    pytest.param("deepseek-v2", 1, False, True, id="deepseek-v2, one device, scanned"),
     *(
         pytest.param(name, 8, whole, False, id=f"{name}, {what} on eight devices, looped", marks=pytest.mark.slow)
         for name in NAMES

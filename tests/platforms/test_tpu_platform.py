@@ -90,7 +90,7 @@ def test_default_block_size(max_model_len, platform, size):
         (dict(distributed_executor_backend=MultiprocExecutor), "executor 'MultiprocExecutor'"),
         (dict(enable_lora=True), "LoRA"),
         (dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2}), "speculative decoding"),
-        (dict(kv_cache_dtype="fp8"), "KV cache of type 'fp8'"),
+        (dict(kv_cache_dtype="fp8_e5m2"), "KV cache of type 'fp8_e5m2'"),
         (
             dict(structured_outputs_config={"backend": "lm-format-enforcer"}),
             'lm-format-enforcer.*use .*"backend": "auto"',

@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
@@ -62,6 +63,19 @@ def test_specs():
         # What vLLM reckons a page to be is what a page is.
         page = jax.ShapeDtypeStruct(kv_pages_shape(1, BLOCK, HEADS, DIM, "cpu"), jnp.float32)
         assert spec.page_size_bytes == page.size * page.dtype.itemsize
+
+
+def test_latents_are_on_every_device():
+    """One latent a token, of which vLLM counts each device's copy; the array has one, and no device a part of it."""
+    layers = tuple(AttentionLayer(f"layer{i}", None, 2, 40, latent=24) for i in range(3))
+    latents = SimpleNamespace(layers=layers, flat_kv=True, platform="tpu")
+    spec = kv_cache_specs(latents, BLOCK, torch.bfloat16)["layer1"]
+    assert type(spec) is MLAAttentionSpec and (spec.num_kv_heads, spec.head_size) == (1, 128)
+    abstract = abstract_kv_cache(latents, uniform_layout(latents, 5), BLOCK, jnp.bfloat16, make_mesh(jax.devices(), 2))
+    (pages,) = abstract.pages
+    assert pages.shape == pages.sharding.shard_shape(pages.shape) == (15, 1, 1, BLOCK, 128)
+    assert 15 * spec.page_size_bytes == 2 * pages.size * pages.dtype.itemsize
+    assert MLAAttentionSpec.merge([spec, spec]).page_size_bytes == spec.page_size_bytes
 
 
 def test_one_group_has_a_slot_a_layer():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from tpu_inference.kernels import tuned
+from tpu_inference.kernels.collectives import config as collectives
 from tpu_inference.kernels.flash_attention import config as flash
 from tpu_inference.kernels.forms import chip_of, implementation_for
 from tpu_inference.kernels.grouped_matmul import config as grouped
@@ -161,6 +162,8 @@ def test_axes_are_parameters_with_possible_values(part):
         key = mla.ShapeKey(16, 512, 64, 128, "bfloat16", "bfloat16")
     elif part.op == quantized.OP:
         key = quantized.ShapeKey(64, 3584, 4096, "int8")
+    elif part.op == collectives.OP:
+        key = collectives.ShapeKey(8, 256, 4096, 4096, "bfloat16")
     else:
         key = flash.ShapeKey(8, 2, 1024, 1024, 128, "bfloat16")
     start = part.read(part.heuristic(key, "v6e"))
@@ -175,7 +178,7 @@ def test_axes_are_parameters_with_possible_values(part):
     [
         (
             ["--op", "nothing", "--all"],
-            "op 'nothing' is not known; known are: flash_attention, grouped_matmul, mla, quantized_matmul, ragged",
+            "op 'nothing' is not known; known are: collectives, flash_attention, grouped_matmul, mla, quantized_matmul, ragged",
         ),
         (["--op", paged.OP, "--all", "--part", "x"], "'x' is not known; known are: decode, prefill"),
         (["--op", paged.OP, "--all", "--chip", "v1"], "chip 'v1' is not known; known are: v4, "),

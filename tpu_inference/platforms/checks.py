@@ -14,6 +14,7 @@ from tpu_inference import envs, tpu_info
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import ConfigError
 from tpu_inference.logger import init_logger, log_once
+from tpu_inference.models.common.kv_cache_dtype import QUANTIZED
 from tpu_inference.platforms import flags
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def _unserved_cache_dtype(config: "VllmConfig") -> str | None:
     asked, model = config.cache_config.cache_dtype, config.model_config
     if model is None:  # nothing is served without one
         return None
-    return None if asked in ("auto", str(model.dtype).removeprefix("torch.")) else asked
+    return None if asked in ("auto", str(model.dtype).removeprefix("torch."), *QUANTIZED) else asked
 
 
 def _unserved_executor(config: "VllmConfig") -> str | None:
@@ -164,7 +165,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         _unserved_cache_dtype,
         "a KV cache of type {!r}",
-        "use --kv-cache-dtype auto, which keeps it in the model's type",
+        "use --kv-cache-dtype auto, which keeps it in the model's type, or fp8: there is a scale a layer, and none a token or head",
     ),
     Refusal(
         lambda c: c.cache_config.kv_cache_dtype_skip_layers,

@@ -21,6 +21,7 @@ from tpu_inference.compat import (
     quiet_torch_accelerator,
 )
 from tpu_inference.logger import init_logger, log_once
+from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype
 from tpu_inference.models.common.quantization import SERVED, QuantizationError
 from tpu_inference.platforms.checks import SERVED_DTYPES, is_served, refuse_unserved
 from tpu_inference.runner import metrics
@@ -173,7 +174,9 @@ class TpuPlatform(Platform):
     ) -> str:
         """Only vLLM's PyTorch models ask."""
         if attn_selector_config.use_mla:
-            raise NotImplementedError("latent attention (MLA) is served in its multi-head form: set VLLM_MLA_DISABLE=1")
+            raise NotImplementedError(
+                "vLLM's PyTorch classes are served with attention over whole heads, and this one asks for latents (MLA): set VLLM_MLA_DISABLE=1"
+            )
         return ATTENTION_BACKEND
 
     @classmethod
@@ -213,6 +216,8 @@ class TpuPlatform(Platform):
             return
         cls._vocab_size = model.get_vocab_size()
         cls._logits_processors = tuple(model.logits_processors or ())
+        if cache.cache_dtype == "auto" and quantized_cache_dtype(vllm_config):
+            _change(cache, "cache_dtype", "fp8", "the checkpoint has scales of such a KV cache")
         if not cache.user_specified_block_size:
             platform = tpu_info.detect_once().platform
             size = default_block_size(model.max_model_len, platform)

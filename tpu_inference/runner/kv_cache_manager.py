@@ -8,11 +8,21 @@ import jax
 import jax.numpy as jnp
 import torch
 from jax.sharding import Mesh
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.mla import latent_pages_shape
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
+from tpu_inference.layers.common.attention_metadata import check_chunk
+from tpu_inference.layers.common.mla import LATENT_PAGES_AXES
 from tpu_inference.layers.common.sharding import named_sharding
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
@@ -25,13 +35,28 @@ def kv_cache_specs(model: ModelFunctions, block_size: int, dtype: torch.dtype) -
     """vLLM's spec of every attention layer. Heads and head size are the physical ones (replicas and padding included), over all devices."""
 
     def spec(layer: AttentionLayer) -> KVCacheSpec:
-        _, planes, heads, _, width = kv_pages_shape(1, block_size, layer.num_kv_heads, layer.head_dim, model.platform)
+        _, planes, heads, _, width = pages_shape(layer, 1, block_size, model.platform)
+        if layer.latent is not None:
+            copies = layer.num_kv_heads
+            return MLAAttentionSpec(
+                block_size=block_size, num_kv_heads=1, num_head_slots=copies, head_size=width, dtype=dtype
+            )
         common = dict(block_size=block_size, num_kv_heads=heads, head_size=planes * width // 2, dtype=dtype)
+        if layer.chunk is not None:
+            check_chunk(layer.chunk, block_size)
+            return ChunkedLocalAttentionSpec(**common, attention_chunk_size=layer.chunk)
         if layer.sliding_window is None:
             return FullAttentionSpec(**common)
         return SlidingWindowSpec(**common, sliding_window=layer.sliding_window)
 
     return {layer.name: spec(layer) for layer in model.layers}
+
+
+def pages_shape(layer: AttentionLayer, count: int, block_size: int, platform: str) -> tuple[int, ...]:
+    """Of an array of `count` pages of a layer, over all devices; of latents, which each device has all of, on each."""
+    if layer.latent is not None:
+        return latent_pages_shape(count, block_size, layer.latent, layer.head_dim - layer.latent, platform)
+    return kv_pages_shape(count, block_size, layer.num_kv_heads, layer.head_dim, platform)
 
 
 def uniform_layout(model: ModelFunctions, num_blocks: int) -> KVCacheLayout:
@@ -67,21 +92,22 @@ def layout_from_config(config: KVCacheConfig, layer_names: Sequence[str], *, fla
 
 def abstract_kv_cache(model: ModelFunctions, layout: KVCacheLayout, block_size: int, dtype, mesh: Mesh) -> KVCache:
     """Shapes and shardings of the cache arrays."""
-    heads_of_slot: dict[int, tuple[int, int]] = {}
+    layer_of_slot: dict[int, AttentionLayer] = {}
     for slot, layer in zip(layout.slot_of_layer, model.layers, strict=True):
-        heads = (layer.num_kv_heads, layer.head_dim)
-        if heads_of_slot.setdefault(0 if layout.flat else slot, heads) != heads:
+        first = layer_of_slot.setdefault(0 if layout.flat else slot, layer)
+        if (first.num_kv_heads, first.head_dim) != (layer.num_kv_heads, layer.head_dim):
             raise TpuInferenceError(
                 "vLLM placed layers of different KV heads in the same memory, which is not served. "
                 "Start with --disable-hybrid-kv-cache-manager."
             )
     pages = layout.num_blocks * (layout.num_slots if layout.flat else 1)
 
-    def array(heads: tuple[int, int]) -> jax.ShapeDtypeStruct:
-        shape = kv_pages_shape(pages, block_size, *heads, model.platform)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, KV_PAGES_AXES))
+    def array(layer: AttentionLayer) -> jax.ShapeDtypeStruct:
+        axes = KV_PAGES_AXES if layer.latent is None else LATENT_PAGES_AXES
+        shape = pages_shape(layer, pages, block_size, model.platform)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, axes))
 
-    return KVCache(tuple(array(heads) for _, heads in sorted(heads_of_slot.items())), layout)
+    return KVCache(tuple(array(layer_of_slot[slot]) for slot in sorted(layer_of_slot)), layout)
 
 
 def allocate_kv_cache(abstract: KVCache) -> KVCache:

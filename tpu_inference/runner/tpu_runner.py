@@ -16,10 +16,13 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from tpu_inference import compat, envs
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels import mla
 from tpu_inference.kernels.ragged_paged_attention import implementation_for, misfit
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
+from tpu_inference.layers.common.sharding import shard_bytes
 from tpu_inference.logger import init_logger
 from tpu_inference.models.common.interface import ModelFunctions
+from tpu_inference.models.common.kv_cache_dtype import cache_torch_dtype
 from tpu_inference.models.common.vllm_loader import load_model
 from tpu_inference.runner.async_output import AsyncOutput
 from tpu_inference.runner.buckets import Bucket, BucketPlan
@@ -86,7 +89,7 @@ class TPUModelRunner:
         return -(-self.model_config.max_model_len // self.block_size) + 1
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        return kv_cache_specs(self.functions, self.block_size, self.model_config.dtype)
+        return kv_cache_specs(self.functions, self.block_size, cache_torch_dtype(self.vllm_config))
 
     def make_programs(self, layout: KVCacheLayout, num_groups: int) -> StepPrograms:
         """The programs over a KV cache of this layout, none of them compiled yet."""
@@ -138,7 +141,7 @@ class TPUModelRunner:
             follow_all=bool(self.host_processors),
         )
         self.sampler = Sampler(self.programs, self.states, self.vllm_config, self.host_processors)
-        return sum(pages.nbytes for pages in self.kv_cache.pages)
+        return sum(map(shard_bytes, self.kv_cache.pages)) * self.mesh.size
 
     def why_attention_is_slow(self, layout: KVCacheLayout) -> str | None:
         """What keeps the TPU kernels from serving this chip or these shapes, so that attention runs in its XLA form; None where nothing does."""
@@ -150,7 +153,8 @@ class TPUModelRunner:
         shard = cache.pages[0].sharding.shard_shape(cache.pages[0].shape)
         pages = jax.ShapeDtypeStruct(shard, cache.pages[0].dtype)
         tables = jax.ShapeDtypeStruct((self.plan.max_rows, self.max_blocks), np.int32)
-        reason = misfit(pages, tables)
+        latent = self.functions.layers[0].latent
+        reason = misfit(pages, tables) if latent is None else mla.misfit(pages, tables, latent)
         return reason and f"{reason}; try --block-size 128, a shorter --max-model-len or a lower --max-num-seqs"
 
     def _say_if_attention_is_slow(self, layout: KVCacheLayout) -> None:

@@ -31,7 +31,8 @@ def grouped_matmul(
 
     Args:
         x: [M, in], bfloat16 or float32; the rows of group 0, then those of group 1, and so on. M > 0.
-        weights: [E or more, out, in], in x's dtype, or what `scales` are for.
+        weights: [E or more, out, in], in x's dtype, or what `scales` are for. Of float8_e4m3fn without NaN and -0, which chips before tpu7x read
+            as NaN (`layers.common.quantization.without_minus_zero`).
         group_sizes: int32 [E], rows of each group; may be 0, and M in all at most. Rows past the last group are unspecified, and may
             not be finite.
         scales: [E or more, out / a, in / b], of blocks of a x b numbers of `weights`, which they are multiplied by; a block may be all of
@@ -60,10 +61,11 @@ def grouped_matmul(
     groups = 1 if scales is None else scales.shape[2 if blocks else 1]
     if groups > 1 and x.shape[1] // groups % LANES:
         raise ValueError(f"scales of {x.shape[1] // groups} columns are not served by the kernel: 128 or a multiple")
-    key = ShapeKey.of(x, weights, len(group_sizes), transposed=transposed)
+    key, chip = ShapeKey.of(x, weights, len(group_sizes), transposed=transposed), chip_of(implementation)
     return grouped_matmul_pallas(
         x, weights, group_sizes, scales, first_group,
-        transposed=transposed, blocks=blocks, config=config or config_for(key, chip_of(implementation)), interpret=_INTERPRET[implementation],
+        transposed=transposed, blocks=blocks, rebias=chip not in (None, "tpu7x"), config=config or config_for(key, chip),
+        interpret=_INTERPRET[implementation],
     )  # fmt: skip
 
 

@@ -22,11 +22,13 @@ NAME = "grouped_matmul"
 ScalesIn = Literal["outputs", "blocks"] | None
 CHUNK = 1024
 """Columns of weights that are multiplied out at a time; whole groups."""
+BIAS_FACTOR = 16
+"""What numbers of float8_e4m3fn are of those that float8_e4m3b11fnuz has by the same bits."""
 SPARE_VMEM_BYTES = 4 * MIB
 """For what the compiler keeps beside the blocks."""
 
 
-def _body(*refs: Any, scales_in: ScalesIn, blocked: "_Blocked", per_group: int) -> None:
+def _body(*refs: Any, scales_in: ScalesIn, rebias: bool, blocked: "_Blocked", per_group: int) -> None:
     """One pair of one block of outputs."""
     scalars = Units(*refs[: len(Units._fields)])
     x, weights, *scales = refs[len(Units._fields) : -3]
@@ -69,7 +71,7 @@ def _body(*refs: Any, scales_in: ScalesIn, blocked: "_Blocked", per_group: int) 
         weight = buffers.at[jax.lax.rem(place, blocked.slots)]
         if scales_in == "blocks":
             scale = partial(_scale, scales[0], part * (blocked.out // LANES))
-            product = _product_of_blocks(x, weight, scale, per_group, blocked.transposed)
+            product = _product_of_blocks(x, weight, scale, per_group, blocked.transposed, rebias)
         else:
             product = _product(x[...], weight[...], scales[0][0] if scales else None, per_group, blocked.transposed)
         row = scalars.blocks[unit] * blocked.rows + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
@@ -118,8 +120,10 @@ def _product(x: Any, weight: Any, scales: Any | None, per_group: int, transposed
 
 def _dot(x: Any, weight: Any, transposed: bool) -> Any:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    if x.dtype == jnp.float32 or weight.dtype.itemsize > 1 or weight.dtype == jnp.int8:
+        weight = weight.astype(x.dtype)  # float8 goes into the matrix units as it is
     return jax.lax.dot_general(
-        x, weight.astype(x.dtype), (((1,), (0 if transposed else 1,)), ((), ())), precision=precision,
+        x, weight, (((1,), (0 if transposed else 1,)), ((), ())), precision=precision,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
 
@@ -128,7 +132,9 @@ def _scale(scales: Any, first: Any, block: int, group: int) -> Any:
     return scales[0, jnp.minimum(first + block, scales.shape[1] - 1), group]
 
 
-def _product_of_blocks(x: Any, weight: Any, scale: Callable[[int, int], Any], per_group: int, transposed: bool) -> Any:
+def _product_of_blocks(
+    x: Any, weight: Any, scale: Callable[[int, int], Any], per_group: int, transposed: bool, rebias: bool
+) -> Any:
     """The same of references, and of scalars for each block of 128 outputs and `per_group` columns.
 
     Weights are multiplied out in x's dtype: products of a block's depth would use half of the matrix unit, and their sums more of the vector unit
@@ -143,8 +149,8 @@ def _product_of_blocks(x: Any, weight: Any, scale: Callable[[int, int], Any], pe
         for i in range(0, out, LANES):
             rows = slice(i, min(i + LANES, out))
             blocks = (
-                weight[(part, rows) if transposed else (rows, part)].astype(x.dtype)
-                * scale(i // LANES, part.start // per_group).astype(x.dtype)
+                _converted(weight[(part, rows) if transposed else (rows, part)], x.dtype, rebias)
+                * (scale(i // LANES, part.start // per_group) * (BIAS_FACTOR if rebias else 1)).astype(x.dtype)
                 for part in columns
             )
             strips.append(jnp.concatenate([*blocks], axis=0 if transposed else 1))
@@ -154,7 +160,12 @@ def _product_of_blocks(x: Any, weight: Any, scale: Callable[[int, int], Any], pe
     return total
 
 
-@partial(jax.jit, static_argnames=("transposed", "blocks", "config", "interpret"))
+def _converted(weight: Any, dtype: Any, rebias: bool) -> Any:
+    """In `dtype`; where `rebias`, divided by BIAS_FACTOR."""
+    return (pltpu.bitcast(weight, jnp.float8_e4m3b11fnuz) if rebias else weight).astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("transposed", "blocks", "rebias", "config", "interpret"))
 def grouped_matmul_pallas(
     x: jax.Array,
     weights: jax.Array,
@@ -164,10 +175,16 @@ def grouped_matmul_pallas(
     *,
     transposed: bool = False,
     blocks: bool = False,
+    rebias: bool = False,
     config: Config,
     interpret: Any,
 ) -> jax.Array:
-    """As the op; `scales` [E, groups of columns, out], or of `blocks` of 128 outputs [E, out / 128, groups of columns]."""
+    """As the op.
+
+    Args:
+        scales: [E, groups of columns, out], or of `blocks` of 128 outputs [E, out / 128, groups of columns].
+        rebias: weights of float8_e4m3fn in blocks are read as float8_e4m3b11fnuz, which chips before tpu7x convert in one instruction.
+    """
     (rows, columns), out, num_groups = x.shape, weights.shape[2 if transposed else 1], len(group_sizes)
     tile = LANES if transposed else 32 // weights.dtype.itemsize
     key = ShapeKey.of(x, weights, num_groups, transposed=transposed)
@@ -190,7 +207,13 @@ def grouped_matmul_pallas(
         in_specs.append(pl.BlockSpec(size, lambda j, u, groups, *_: (groups[u], 0, 0), memory_space=pltpu.SMEM))
     limit = key.vmem_bytes(config) + SPARE_VMEM_BYTES
     result = pl.pallas_call(
-        partial(_body, scales_in=scales_in, blocked=blocked, per_group=per_group),
+        partial(
+            _body,
+            scales_in=scales_in,
+            rebias=rebias and weights.dtype == jnp.float8_e4m3fn,
+            blocked=blocked,
+            per_group=per_group,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(Units._fields),
             grid=(blocked.num_parts, num_units(num_groups, num_blocks)),

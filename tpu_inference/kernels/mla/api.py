@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public op."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -72,25 +70,27 @@ def mla_attention(
         raise ValueError(f"pages {pages.shape} do not hold latents of {rank} and rotated keys of {rope_dim}")
     if implementation not in (*_AFTER_WRITING, *_INTERPRET):
         raise ValueError(f"implementation={implementation!r} is none of {sorted((*_AFTER_WRITING, *_INTERPRET))}")
-    q = jnp.concatenate([q_latent, q_rope], axis=-1)
-    new = jnp.concatenate([kv_latent, k_rope], axis=-1)
     short = pages.dtype.itemsize == 1
-    if short:
-        kv_scale = (1.0 if kv_scale is None else kv_scale) * stored_scale(pages.dtype)
-        new = quantize(new, kv_scale, pages.dtype)
-        q = (q.astype(jnp.float32) * kv_scale).astype(q.dtype)
-    elif kv_scale is not None:
+    if kv_scale is not None and not short:
         raise ValueError(f"kv_scale is for pages of one byte a number, not of {pages.dtype}")
-    options: dict[str, Any] = dict(scale=scale, kv_lora_rank=rank)
+    kv_scale = (1.0 if kv_scale is None else kv_scale) * stored_scale(pages.dtype)
+    new = jnp.concatenate([kv_latent, k_rope], axis=-1)
+    if short:
+        new = quantize(new, kv_scale, pages.dtype)
     tables = (block_tables, seq_lens, query_start_loc, page_offset)
     if implementation in _INTERPRET and misfit(pages, block_tables, rank) is None:
-        key = ShapeKey.of(num_heads, rank, rope_dim, q.dtype, pages)
-        options |= dict(config=config or config_for(key, chip_of(implementation)), interpret=_INTERPRET[implementation])
+        key = ShapeKey.of(num_heads, rank, rope_dim, q_latent.dtype, pages)
+        config = config or config_for(key, chip_of(implementation))
         new = jnp.pad(new, ((0, 0), (0, pages.shape[-1] - new.shape[-1])))
-        out, pages = attend_pallas(q, new, pages, *tables, **options)
-    else:
-        pages = write_kv(new[:, None], new[:, None, :0], pages, *tables)
-        out = _AFTER_WRITING.get(implementation, attend_xla)(q, pages, *tables, **options)
+        return attend_pallas(
+            q_latent, q_rope, new, pages, *tables,
+            scale=scale, kv_scale=kv_scale, config=config, interpret=_INTERPRET[implementation],
+        )  # fmt: skip
+    q = jnp.concatenate([q_latent, q_rope], axis=-1)
+    if short:
+        q = (q.astype(jnp.float32) * kv_scale).astype(q.dtype)
+    pages = write_kv(new[:, None], new[:, None, :0], pages, *tables)
+    out = _AFTER_WRITING.get(implementation, attend_xla)(q, pages, *tables, scale=scale, kv_lora_rank=rank)
     if short:
         out = out.astype(jnp.float32) * kv_scale
     return out.astype(q_latent.dtype), pages

@@ -1,19 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the kernels are blocked: a tuned entry for the layer's shape where there is one, else a heuristic."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
-from tpu_inference.kernels.ragged_paged_attention.config import VMEM_BYTES, DecodeConfig, PrefillConfig
+from tpu_inference.kernels.ragged_paged_attention import config as paged
+from tpu_inference.kernels.ragged_paged_attention.config import VMEM_BYTES, PrefillConfig
 from tpu_inference.kernels.ragged_paged_attention.pages import LANES
 from tpu_inference.kernels.tuned import lookup
 
 OP = "mla"
-ITEM_TOKENS, SLOTS = 1024, 5
+ITEM_TOKENS, LONG_ITEM_TOKENS, SLOTS = 1024, 2048, 5
 """Of an item of decoding: fewer tokens are more passes over the sums of all heads."""
-BLOCK_QUERIES, CHUNK_TOKENS, MIN_BLOCK_TOKENS, MAX_GROUP = 1024, 512, 16, 16
+MANY_HEADS = 64
+"""From so many on, products and not HBM bound a decode from pages of a byte a number: longer items empty the matrix units less often."""
+BLOCK_TOKENS, CHUNK_TOKENS = 64, 512
+HEADS = 16
+"""That a block of queries of prefill has, which visits the context once for each so many; a tile of memory's rows, of 16 bits each."""
+_MIXED: Mapping[str, str] = {
+    "v5e": "float8_e4m3b11fnuz", "v5p": "float8_e4m3b11fnuz", "v6e": "float8_e4m3b11fnuz", "tpu7x": "float8_e4m3fn",
+}  # fmt: skip
+"""Short floats that a chip's matrix unit takes as weights beside bfloat16."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig(paged.DecodeConfig):
+    """How the kernel of rows with one token is blocked."""
+
+    piece: int = 256
+    """Tokens of a matrix product: the width of a matrix unit of v6e."""
+    mixed: bool = False
+    """Whether the matrix unit takes pages as they are, beside queries and weights of more bits."""
+
+    def within(self, table_width: int, page_size: int = LANES) -> "DecodeConfig":
+        """The same for rows of up to `table_width` pages: no more tokens an item than it takes, in whole registers of scores."""
+        granule = LANES // math.gcd(LANES, page_size)
+        pages = min(self.pages_per_item, table_width)
+        return replace(self, pages_per_item=-(-pages // granule) * granule)
 
 
 @dataclass(frozen=True)
@@ -22,8 +49,6 @@ class Config:
 
     decode: DecodeConfig
     prefill: PrefillConfig
-    heads: int
-    """That a block of queries of prefill has; a block visits the context once for each so many."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +86,13 @@ class ShapeKey:
 
 
 def heuristic(key: ShapeKey, chip: str | None) -> Config:
-    """Blocks from arithmetic alone; the same for every chip."""
-    heads = max(n for n in range(1, MAX_GROUP + 1) if key.num_heads % n == 0)
-    block = MIN_BLOCK_TOKENS
-    while 2 * block * heads <= BLOCK_QUERIES:
-        block *= 2
-    pages = key.pages_within(ITEM_TOKENS)
+    """Blocks from arithmetic alone; `chip` is a name of a tuned table, None for any."""
+    bound = key.num_heads >= MANY_HEADS and jnp.dtype(key.cache_dtype).itemsize == 1
+    pages = key.pages_within(LONG_ITEM_TOKENS if bound else ITEM_TOKENS)
     slots = min(SLOTS, VMEM_BYTES // (pages * key.page_size * key.token_bytes))
-    return Config(DecodeConfig(pages, slots), PrefillConfig(block, key.pages_within(CHUNK_TOKENS)), heads)
+    mixed = key.dtype == "bfloat16" and _MIXED.get(chip or "") == key.cache_dtype
+    prefill = PrefillConfig(BLOCK_TOKENS, key.pages_within(CHUNK_TOKENS))
+    return Config(DecodeConfig(pages, slots, mixed=mixed), prefill)
 
 
 def config_for(key: ShapeKey, chip: str | None) -> Config:

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op on TPU: the kernels of paged attention, told that values are the first lanes of keys."""
+"""The op on TPU: rows of one token by one Pallas kernel, rows of more by two; all update queries to outputs in place."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.mla.config import Config
+from tpu_inference.kernels.mla.config import HEADS, Config
+from tpu_inference.kernels.mla.decode import decode_rows
+from tpu_inference.kernels.mla.prefill import attend_rows
 from tpu_inference.kernels.ragged_paged_attention import pallas as paged
-from tpu_inference.kernels.ragged_paged_attention.paged import FLOOR, NO_WINDOW
+from tpu_inference.kernels.ragged_paged_attention.decode import words
+from tpu_inference.kernels.ragged_paged_attention.paged import NO_WINDOW, sublanes
 from tpu_inference.kernels.ragged_paged_attention.pages import LANES
+from tpu_inference.kernels.ragged_paged_attention.prefill import q_factor
+from tpu_inference.kernels.ragged_paged_attention.write import write_rows
 
 
 def misfit(pages: Any, block_tables: Any, kv_lora_rank: int) -> str | None:
@@ -20,7 +25,8 @@ def misfit(pages: Any, block_tables: Any, kv_lora_rank: int) -> str | None:
 
 
 def attend_pallas(
-    q: jax.Array,
+    q_latent: jax.Array,
+    q_rope: jax.Array,
     new: jax.Array,
     pages: jax.Array,
     block_tables: jax.Array,
@@ -29,20 +35,34 @@ def attend_pallas(
     page_offset: int | jax.Array,
     *,
     scale: float,
-    kv_lora_rank: int,
+    kv_scale: jax.Array | float,
     config: Config,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes `new` [T, width] and attends, for rows of one token before rows of more.
 
+    Pages hold latents / kv_scale. The others are those of `mla_attention`.
+
     Returns:
-        ([T, H, kv_lora_rank] in the dtype of `q` [T, H, kv_lora_rank + rope_dim], the updated pages)
+        ([T, H, kv_lora_rank] in the dtype of `q_latent`, the updated pages)
     """
-    num_heads = q.shape[1]
-    out, pages = paged.write_and_attend(
-        q, (new[:, None],), pages, block_tables, seq_lens, query_start_loc, page_offset,
-        NO_WINDOW, jnp.full((num_heads, LANES), FLOOR, jnp.float32),
-        scale=scale, soft_cap=None, windowed=False, config=config, latent=kv_lora_rank, head_blocks=num_heads // config.heads,
-        interpret=interpret,
+    num_tokens, num_heads, _ = q_latent.shape
+    table_width, lengths = block_tables.shape[1], query_start_loc[1:] - query_start_loc[:-1]
+    scalars = jnp.stack([
+        (lengths == 1).sum(dtype=jnp.int32), (lengths > 0).sum(dtype=jnp.int32), jnp.asarray(page_offset, jnp.int32), jnp.int32(NO_WINDOW)
+    ])  # fmt: skip
+    kv_scale = jnp.asarray(kv_scale, jnp.float32)
+    factors = jnp.stack([q_factor(scale) * kv_scale, kv_scale])
+    prefill = config.prefill.within(table_width, num_tokens)
+    block = max(prefill.block_tokens, sublanes(pages.dtype))
+    out, q_rope = (jnp.pad(x, ((0, -num_tokens % block), (0, -num_heads % HEADS), (0, 0))) for x in (q_latent, q_rope))
+    # Rows of one token come first: of each the token is the row's number.
+    out, pages = decode_rows(
+        out, q_rope, words(new[:, None], pages.dtype), pages, block_tables, seq_lens, scalars, factors,
+        config=config.decode.within(table_width, pages.shape[3]), interpret=interpret,
     )  # fmt: skip
-    return out[..., :kv_lora_rank], pages
+    tables = (block_tables, seq_lens, query_start_loc, scalars)
+    flat = jnp.pad(new.astype(pages.dtype), ((0, -num_tokens % block), (0, 0)))
+    pages = write_rows((flat,), pages, *tables, interpret=interpret)
+    out = attend_rows(out, q_rope, pages, *tables, factors, config=prefill, interpret=interpret)
+    return out[:num_tokens, :num_heads], pages

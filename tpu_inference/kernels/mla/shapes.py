@@ -58,8 +58,8 @@ class LatentShape(PagedBatch):
             *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, self.table_width), (rows,), (rows + 1,))),
         )  # fmt: skip
 
-    donated = (4,)
-    """Positions of arguments that are updated in place."""
+    donated = (0, 4)
+    """Positions of arguments that are updated in place: outputs replace queries, which in a layer are of no further use."""
 
     def function(self, device: jax.Device, config: Config | None = None) -> Callable:
         """The op as a device runs it."""

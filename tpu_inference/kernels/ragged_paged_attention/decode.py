@@ -30,7 +30,7 @@ from tpu_inference.kernels.ragged_paged_attention.paged import (
 
 
 @dataclass
-class _Item:
+class Item:
     """Scalars of a place in the list of items."""
 
     row: Any
@@ -41,8 +41,8 @@ class _Item:
     valid: Any
 
 
-class _Decode:
-    """The kernel's body, in stages; one instance a trace."""
+class Decode:
+    """The kernel's body, in stages; one instance a trace. Latent attention has its own copies of a row and its own arithmetic (`advance`)."""
 
     def __init__(self, shape: PagedShape, refs: dict[str, Any]) -> None:
         self.shape, self.config = shape, shape.config
@@ -52,17 +52,17 @@ class _Decode:
 
     # The list of items.
 
-    def at(self, row: Any, chunk: Any) -> _Item:
+    def at(self, row: Any, chunk: Any) -> Item:
         shape = self.shape
         seq_len = self.seq_lens[jnp.clip(row, 0, shape.num_rows - 1)]
         last = jax.lax.div(seq_len - 1, self.item_tokens)
         valid = (row >= 0) & (row < self.num_decodes)
-        return _Item(row, chunk, seq_len, self._first_chunk(seq_len), last, valid)
+        return Item(row, chunk, seq_len, self._first_chunk(seq_len), last, valid)
 
     def _first_chunk(self, seq_len: Any) -> Any:
         return jax.lax.div(jnp.maximum(seq_len - self.window, 0), self.item_tokens)
 
-    def after(self, item: _Item) -> tuple[Any, Any]:
+    def after(self, item: Item) -> tuple[Any, Any]:
         """(row, chunk) of the next item."""
         ends = item.chunk >= item.last
         row = jnp.where(ends, item.row + 1, item.row)
@@ -71,34 +71,35 @@ class _Decode:
 
     # DMAs.
 
-    def _pages(self, item: _Item, slot: Any) -> tuple[Any, ...]:
+    def _pages(self, item: Item, slot: Any) -> tuple[Any, ...]:
         return item.chunk, self.config.pages_per_item, jnp.where(item.valid, item.seq_len, 0), slot
 
-    def _row_copies(self, item: _Item, slot: Any) -> list[Any]:
-        """The row's query, and the token's K and V."""
+    def row_copies(self, item: Item, slot: Any) -> list[tuple[Any, Any]]:
+        """(whether it is needed, the copy) of the row's query, and of the token's K and V."""
         pairs = [(self.out, self.q.at[slot])]
         pairs += [(new, self.new.at[slot, plane]) for plane, new in enumerate(self.new_in)]
-        return [pltpu.make_async_copy(source.at[item.row], target, self.row_sem.at[slot]) for source, target in pairs]
+        sem = self.row_sem.at[slot]
+        return [(item.valid, pltpu.make_async_copy(source.at[item.row], target, sem)) for source, target in pairs]
 
-    def fetch(self, item: _Item, slot: Any) -> list[Callable[[], None]]:
+    def fetch(self, item: Item, slot: Any) -> list[Callable[[], None]]:
         """What starts the item's DMAs, one by one."""
 
         def start_row() -> None:
-            for copy in self._row_copies(item, slot):
-                pl.when(item.valid)(copy.start)
+            for needed, copy in self.row_copies(item, slot):
+                pl.when(needed)(copy.start)
 
         return [start_row, *page_starts(self, item.row, *self._pages(item, slot))]
 
-    def arrive(self, item: _Item, slot: Any) -> None:
+    def arrive(self, item: Item, slot: Any) -> None:
         """Wait for what `fetch` started."""
-        for copy in self._row_copies(item, slot):
-            pl.when(item.valid)(copy.wait)
+        for needed, copy in self.row_copies(item, slot):
+            pl.when(needed)(copy.wait)
         wait_for_pages(self, *self._pages(item, slot))
 
     def _out_copy(self, row: Any, slot: Any) -> Any:
         return pltpu.make_async_copy(self.out_stage.at[slot], self.out.at[row], self.out_sem.at[slot])
 
-    def _tile_copy(self, item: _Item, slot: Any) -> Any:
+    def _tile_copy(self, item: Item, slot: Any) -> Any:
         """The tile with the new token, back into its page."""
         shape = self.shape
         position = item.seq_len - 1
@@ -119,7 +120,7 @@ class _Decode:
 
     # Arithmetic.
 
-    def insert(self, item: _Item, slot: Any) -> None:
+    def insert(self, item: Item, slot: Any) -> None:
         """Put the new token into the item's K and V, and into the tile that goes back to its page."""
         shape = self.shape
         inside = jnp.clip(item.seq_len - 1 - item.chunk * self.item_tokens, 0, self.item_tokens - 1)
@@ -169,7 +170,7 @@ class _Decode:
 
         return self._per_head(lambda head: jnp.concatenate([one(head, tokens) for tokens in self._pieces()], axis=1))
 
-    def partial_softmax(self, item: _Item, slot: Any, scores: jax.Array, piece: Callable) -> tuple[jax.Array, ...]:
+    def partial_softmax(self, item: Item, slot: Any, scores: jax.Array, piece: Callable) -> tuple[jax.Array, ...]:
         """(maximum [heads, 1], sum of weights [heads, 1], weighted values [heads, v_width]) of an item alone."""
         shape = self.shape
         scores = scores * self.scale
@@ -189,7 +190,7 @@ class _Decode:
 
         return top, total, self._per_head(lambda head: sum(one(head, tokens) for tokens in self._pieces()))
 
-    def merge(self, state: tuple, item: _Item, part: tuple) -> tuple:
+    def merge(self, state: tuple, item: Item, part: tuple) -> tuple:
         """The running softmax after an item."""
         starts, initial = item.chunk == item.first, (self.sinks[:, :1], 1.0, 0.0)
         top, total, out = (jnp.where(starts, begin, x) for x, begin in zip(state, initial, strict=True))
@@ -198,17 +199,44 @@ class _Decode:
         old, new = jnp.exp(top - new_top), jnp.exp(part_top - new_top)
         return new_top, total * old + part_total * new, out * old + part_out * new
 
-    def finish(self, state: tuple, item: _Item, slot: Any) -> None:
+    def finish(self, state: tuple, item: Item, slot: Any) -> None:
         """Send the row's output and its new tile on their way, after its last item."""
         self.out_stage[slot] = self.shape.output(state[2] / state[1]).astype(self.out_stage.dtype)
 
-        @pl.when(item.valid & (item.chunk == item.last))
-        def _() -> None:
-            self._out_copy(item.row, slot).start()
-            self._tile_copy(item, slot).start()
-            self.busy[slot] = 1
+        pl.when(item.valid & (item.chunk == item.last))(lambda: self.send(item, slot))
+
+    def send(self, item: Item, slot: Any) -> None:
+        """What is staged in the slot, to where it belongs."""
+        self._out_copy(item.row, slot).start()
+        self._tile_copy(item, slot).start()
+        self.busy[slot] = 1
+
+    def advance(self, done: Item, item: Item, slot_before: Any, slot: Any, starts: list[Callable[[], None]]) -> None:
+        """Score `item`, after its new token, and weigh the values of the item before; `starts` are called on the way."""
+        self.insert(item, slot)
+        scores = self.scores[...]
+        piece = pieces_between(starts, 2 * self.shape.num_kv_heads * len(self._pieces()))
+        next_scores = self.score(slot, piece)
+        part = self.partial_softmax(done, slot_before, scores, piece)
+        self.scores[...] = next_scores
+        state = self.merge((self.top[:, :1], self.total[:, :1], self.acc[...]), done, part)
+        self.finish(state, done, slot_before)
+        self.top[...] = jnp.broadcast_to(state[0], self.top.shape)
+        self.total[...] = jnp.broadcast_to(state[1], self.total.shape)
+        self.acc[...] = state[2]
 
     # The loop.
+
+    def fill(self, slot: Any, place: tuple) -> tuple:
+        """Starts the DMAs of the item at `place`, and goes on to the next."""
+        item = self.at(*place)
+        for begin in self.fetch(item, slot):
+            begin()
+        return self.after(item)
+
+    def more(self, carry: tuple) -> Any:
+        """Whether the item before is one, or is still to come."""
+        return (carry[0][0] < self.num_decodes) & (self.num_decodes > 0)
 
     def run(self) -> None:
         slots = self.config.slots
@@ -218,13 +246,7 @@ class _Decode:
             self.busy[slot] = 0
         start = (jnp.int32(0), self._first_chunk(self.seq_lens[0]))
 
-        def fill(slot: Any, place: tuple) -> tuple:
-            item = self.at(*place)
-            for begin in self.fetch(item, slot):
-                begin()
-            return self.after(item)
-
-        ahead = jax.lax.fori_loop(0, slots - 2, fill, start)
+        ahead = jax.lax.fori_loop(0, slots - 2, self.fill, start)
 
         def step(carry: tuple) -> tuple:
             before, place, ahead, slot = carry
@@ -232,24 +254,11 @@ class _Decode:
             slot_before, free = (jnp.where(slot < n, slot + slots - n, slot - n) for n in (1, 2))
             self.release(slot)
             self.arrive(item, slot)
-            self.insert(item, slot)
-            scores = self.scores[...]
-            piece = pieces_between(self.fetch(coming, free), 2 * self.shape.num_kv_heads * len(self._pieces()))
-            next_scores = self.score(slot, piece)
-            part = self.partial_softmax(done, slot_before, scores, piece)
-            self.scores[...] = next_scores
-            state = self.merge((self.top[:, :1], self.total[:, :1], self.acc[...]), done, part)
-            self.finish(state, done, slot_before)
-            self.top[...] = jnp.broadcast_to(state[0], self.top.shape)
-            self.total[...] = jnp.broadcast_to(state[1], self.total.shape)
-            self.acc[...] = state[2]
+            self.advance(done, item, slot_before, slot, self.fetch(coming, free))
             return place, self.after(item), self.after(coming), jnp.where(slot == slots - 1, 0, slot + 1)
 
-        def more(carry: tuple) -> Any:
-            return (carry[0][0] < self.num_decodes) & (self.num_decodes > 0)
-
         nothing = (jnp.int32(-1), jnp.int32(0))
-        jax.lax.while_loop(more, step, (nothing, start, ahead, jnp.int32(0)))
+        jax.lax.while_loop(self.more, step, (nothing, start, ahead, jnp.int32(0)))
         for slot in range(slots):
             self.release(slot)
 
@@ -302,7 +311,7 @@ def decode_rows(
 
     def body(scalars: Any, seq_lens: Any, tables: Any, q_in: Any, *refs: Any) -> None:
         named = dict(zip(NAMES, (scalars, seq_lens, tables, q_in, *refs[planes:]), strict=True))
-        _Decode(shape, {**named, "new_in": refs[:planes], "scale": scale}).run()
+        Decode(shape, {**named, "new_in": refs[:planes], "scale": scale}).run()
 
     slots, hbm = config.slots, pl.BlockSpec(memory_space=pl.ANY)
     semaphores = [pltpu.SemaphoreType.DMA((slots,))] * 4

@@ -97,7 +97,8 @@ def write_and_attend(
     """
     table_width, (num_tokens, num_heads, head_dim) = block_tables.shape[1], q.shape
     lengths = query_start_loc[1:] - query_start_loc[:-1]
-    num_decodes = (lengths == 1).sum(dtype=jnp.int32)
+    # Those at the front: what is left of a prompt in a chunk of local attention may be one token too.
+    num_decodes = (jnp.cumsum(lengths != 1) == 0).sum(dtype=jnp.int32)
     scalars = jnp.stack([
         num_decodes, (lengths > 0).sum(dtype=jnp.int32), jnp.asarray(page_offset, jnp.int32), jnp.asarray(window, jnp.int32)
     ])  # fmt: skip

@@ -43,7 +43,7 @@ SUBLANES = 8
 
 
 @dataclass
-class _Item:
+class Item:
     """A chunk of a row's context, for one KV head and the tokens that a block has of the row."""
 
     block: Any
@@ -64,8 +64,8 @@ def _by_rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, SUBLANES, x.shape[1])
 
 
-class _Prefill:
-    """The kernel's body, in stages; one instance a trace."""
+class Prefill:
+    """The kernel's body, in stages; one instance a trace. Latent attention has its own layout of queries and outputs."""
 
     def __init__(self, shape: PagedShape, refs: dict[str, Any]) -> None:
         self.shape, self.config = shape, shape.config
@@ -76,7 +76,7 @@ class _Prefill:
 
     # The list of items: blocks, of each the KV heads, of each the rows, of each the chunks.
 
-    def at(self, block: Any, head: Any, row: Any, chunk: Any) -> _Item:
+    def at(self, block: Any, head: Any, row: Any, chunk: Any) -> Item:
         """The item at `chunk`, or at the first one of block, head and row where that is -1."""
         shape, size = self.shape, self.config.block_tokens
         row_in = jnp.minimum(row, shape.num_rows - 1)
@@ -86,19 +86,19 @@ class _Prefill:
         first = jax.lax.div(jnp.maximum(begin + shift - self.window + 1, 0), self.chunk_tokens)
         last = jax.lax.div(jnp.maximum(end - 1 + shift, 0), self.chunk_tokens)
         chunk = jnp.where(chunk < 0, first, chunk)
-        return _Item(block, head, row, chunk, begin, end, shift, last, row < self.num_rows)
+        return Item(block, head, row, chunk, begin, end, shift, last, row < self.num_rows)
 
-    def _next_row(self, item: _Item) -> tuple[Any, Any]:
+    def _next_row(self, item: Item) -> tuple[Any, Any]:
         """(whether the block ends with the item's row, the first row of the block after it)."""
         row_in = jnp.minimum(item.row, self.shape.num_rows - 1)
         stop, limit = self.starts[row_in + 1], (item.block + 1) * self.config.block_tokens
         return (stop >= limit) | (item.row + 1 >= self.num_rows), jnp.where(stop > limit, item.row, item.row + 1)
 
-    def ends_head(self, item: _Item) -> Any:
+    def ends_head(self, item: Item) -> Any:
         """Whether the item is the last of its block and head."""
         return (item.chunk >= item.last) & self._next_row(item)[0]
 
-    def after(self, item: _Item, first_row: Any) -> tuple[Any, Any, Any, Any, Any]:
+    def after(self, item: Item, first_row: Any) -> tuple[Any, Any, Any, Any, Any]:
         """(block, head, row, chunk) of the next item, and the first row of its block; `first_row` is that of the item's."""
         row_ends = item.chunk >= item.last
         block_ends, next_row = self._next_row(item)
@@ -120,10 +120,10 @@ class _Prefill:
 
     # DMAs.
 
-    def _pages(self, item: _Item, slot: Any) -> tuple[Any, ...]:
+    def _pages(self, item: Item, slot: Any) -> tuple[Any, ...]:
         return item.chunk, self.config.pages_per_chunk, jnp.where(item.valid, item.end + item.shift, 0), slot
 
-    def _block_of(self, array: Any, block: Any, head: Any) -> Any:
+    def block_of(self, array: Any, block: Any, head: Any) -> Any:
         """The queries of a KV head, [block_tokens, group x width]."""
         size, width = self.config.block_tokens, self.shape.group * self.shape.q_width
         tokens = pl.ds(pl.multiple_of(block * size, size), size)
@@ -133,7 +133,7 @@ class _Prefill:
         """Of a head of the group."""
         return pl.ds(g * self.shape.q_width, self.shape.q_width)
 
-    def _queries(self, q_slot: Any, q: pl.Slice) -> jax.Array:
+    def queries_of(self, q_slot: Any, q: pl.Slice) -> jax.Array:
         """[queries, q_width] of a tile: of one head of the group, or of all tokens of a few."""
         size = self.config.block_tokens
         parts = []
@@ -142,11 +142,11 @@ class _Prefill:
             parts.append(self.q[q_slot, pl.ds(begin, end - begin), self._lanes(g)])
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
-    def _q_copy(self, block: Any, head: Any, slot: Any) -> Any:
-        return pltpu.make_async_copy(self._block_of(self.q_in, block, head), self.q.at[slot], self.q_sem.at[slot])
+    def q_copy(self, block: Any, head: Any, slot: Any) -> Any:
+        return pltpu.make_async_copy(self.block_of(self.q_in, block, head), self.q.at[slot], self.q_sem.at[slot])
 
-    def _out_copy(self, block: Any, head: Any) -> Any:
-        return pltpu.make_async_copy(self.out_stage, self._block_of(self.out, block, head), self.out_sem)
+    def out_copy(self, block: Any, head: Any) -> Any:
+        return pltpu.make_async_copy(self.out_stage, self.block_of(self.out, block, head), self.out_sem)
 
     # Arithmetic.
 
@@ -154,7 +154,7 @@ class _Prefill:
         contract = (((1,), (y_axis,)), ((), ()))
         return jax.lax.dot_general(x, y, contract, preferred_element_type=jnp.float32, precision=self.shape.precision)
 
-    def _begin(self, item: _Item) -> None:
+    def begin(self, item: Item, q_slot: Any) -> None:
         """The running softmax of a block's queries of a KV head."""
         shape, size = self.shape, self.config.block_tokens
         for g in range(shape.group):
@@ -166,11 +166,14 @@ class _Prefill:
         self.acc[:dim] = jnp.zeros((dim, self.queries), jnp.float32)
         self.acc[dim:] = jnp.ones((shape.value_rows - dim, self.queries), jnp.float32)
 
-    def _find_reach(self, item: _Item) -> None:
+    def token_of(self, query: jax.Array) -> jax.Array:
+        """Of the block, by the number of a query: queries of a head are together."""
+        return jax.lax.rem(query, jnp.int32(self.config.block_tokens))
+
+    def find_reach(self, item: Item) -> None:
         """For queries along lanes the last key they see, of the chunk, less the row of the register; nothing for tokens of other rows."""
-        size = self.config.block_tokens
         tile = (SUBLANES, self.queries)
-        token = item.block * size + jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, tile, 1), jnp.int32(size))
+        token = item.block * self.config.block_tokens + self.token_of(jax.lax.broadcasted_iota(jnp.int32, tile, 1))
         mine = (token >= item.begin) & (token < item.end)
         reach = token + (item.shift - item.chunk * self.chunk_tokens) - jax.lax.broadcasted_iota(jnp.int32, tile, 0)
         self.reach[...] = jnp.where(mine, reach, -(2**30))
@@ -186,7 +189,7 @@ class _Prefill:
     def _score(self, slots: tuple, q: pl.Slice, k: pl.Slice, masked: bool) -> tuple[jax.Array, jax.Array]:
         """(scores [keys, queries] of a tile, the maximum of every eighth row)."""
         shape, (slot, q_slot) = self.shape, slots
-        scores = self._dot(shape.keys(self.kv, slot, 0, k), self._queries(q_slot, q).astype(shape.compute_dtype), 1)
+        scores = self._dot(shape.keys(self.kv, slot, 0, k), self.queries_of(q_slot, q).astype(shape.compute_dtype), 1)
         if shape.soft_cap is not None:
             scores = (shape.soft_cap * LOG2_E) * jnp.tanh(scores * (LN_2 / shape.soft_cap))
         if masked:
@@ -208,11 +211,11 @@ class _Prefill:
         acc = _by_rows(self.acc[:, q]) * jnp.exp2(old - top) + _by_rows(out)
         self.top[:, q], self.acc[:, q] = top, acc.reshape(out.shape)
 
-    def attend(self, item: _Item, slots: tuple, tokens: int, starts: list[Callable[[], None]], *, masked: bool) -> None:
+    def attend(self, item: Item, slots: tuple, tokens: int, starts: list[Callable[[], None]], *, masked: bool) -> None:
         """The chunk's first `tokens` keys; `starts` are called on the way."""
         self._transpose_values(slots[0], tokens)
         if masked:
-            self._find_reach(item)
+            self.find_reach(item)
         # Neighbours are of different queries, and so are independent.
         todo = [(q, k) for k in self._tiles(tokens) for q in self._tiles(self.queries)]
         between = pieces_between(starts, len(todo))
@@ -223,7 +226,7 @@ class _Prefill:
             if step >= ahead:
                 self._accumulate(*todo[step - ahead], *scores.pop(0))
 
-    def _finish(self, item: _Item) -> None:
+    def finish(self, item: Item, q_slot: Any) -> None:
         shape, size = self.shape, self.config.block_tokens
         dim = shape.value_dim
         for g in range(shape.group):
@@ -235,7 +238,7 @@ class _Prefill:
                 else out
             )
             self.out_stage[:, self._lanes(g)] = out.T.astype(self.out_stage.dtype)
-        self._out_copy(item.block, item.head).start()
+        self.out_copy(item.block, item.head).start()
 
     # The loop.
 
@@ -250,7 +253,7 @@ class _Prefill:
 
         @pl.when(row < self.num_rows)
         def _() -> None:
-            self._q_copy(block, 0, 0).start()
+            self.q_copy(block, 0, 0).start()
 
         first = self.at(*start[:4])
         for begin in page_starts(self, first.row, *self._pages(first, 0), head=first.head):
@@ -264,28 +267,28 @@ class _Prefill:
 
             @pl.when(begins)
             def _() -> None:
-                self._q_copy(item.block, item.head, q_slot).wait()
-                self._begin(item)
+                self.q_copy(item.block, item.head, q_slot).wait()
+                self.begin(item, q_slot)
 
             @pl.when(ends & coming.valid)
             def _() -> None:
-                self._q_copy(coming.block, coming.head, 1 - q_slot).start()
+                self.q_copy(coming.block, coming.head, 1 - q_slot).start()
 
             wait_for_pages(self, *self._pages(item, slot))
             self._attend_as_needed(item, (slot, q_slot), coming)
 
             @pl.when(ends)
             def _() -> None:
-                pl.when(out_busy)(self._out_copy(0, 0).wait)
-                self._finish(item)
+                pl.when(out_busy)(self.out_copy(0, 0).wait)
+                self.finish(item, q_slot)
 
             return following, 1 - slot, jnp.where(ends, 1 - q_slot, q_slot), ends, out_busy | ends
 
         carry = (start, jnp.int32(0), jnp.int32(0), jnp.bool_(True), jnp.bool_(False))
         carry = jax.lax.while_loop(lambda carry: carry[0][2] < self.num_rows, step, carry)
-        pl.when(carry[4])(self._out_copy(0, 0).wait)
+        pl.when(carry[4])(self.out_copy(0, 0).wait)
 
-    def _attend_as_needed(self, item: _Item, slots: tuple, coming: _Item) -> None:
+    def _attend_as_needed(self, item: Item, slots: tuple, coming: Item) -> None:
         """One of a few bodies: as many tiles of keys as are seen, masked where they may not be seen by all."""
         starts = page_starts(self, coming.row, *self._pages(coming, 1 - slots[0]), head=coming.head)
         size, keys = self.config.block_tokens, self.chunk_tokens
@@ -346,7 +349,7 @@ def attend_rows(
     block, queries = (config.block_tokens, shape.group * shape.q_width), shape.group * config.block_tokens
 
     def body(*refs: Any) -> None:
-        _Prefill(shape, {**dict(zip(NAMES, refs, strict=True)), "windowed": windowed}).run()
+        Prefill(shape, {**dict(zip(NAMES, refs, strict=True)), "windowed": windowed}).run()
 
     hbm = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(

@@ -68,6 +68,7 @@ def attention(
     soft_cap: float | None = None,
     sliding_window: int | jax.Array | None = None,
     sinks: jax.Array | None = None,
+    kv_scales: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Write this step's K and V into the pages of `layer`, then attend over them.
 
@@ -78,6 +79,7 @@ def attention(
         layer: attention layer index; traced under `lax.scan` (flat cache), a Python int otherwise.
         sliding_window: tokens a query sees, itself included; None or <= 0 for all. May be traced.
         sinks: [num_heads], each head's score of one more key without a value.
+        kv_scales: float32 [2], what pages of a byte a number hold K and V divided by; None for 1.
 
     Returns:
         ([T, num_heads, head_dim], the updated cache).
@@ -87,8 +89,9 @@ def attention(
     known = sliding_window if isinstance(sliding_window, int | None) else _TRACED
     op = _op(mesh, scale, soft_cap, known, sinks is not None, implementation_for(mesh.devices.flat[0]))
     more = (*(() if known is not _TRACED else (sliding_window,)), *(() if sinks is None else (sinks,)))
+    scales = () if kv_scales is None else (kv_scales[0], kv_scales[1])
     tables = (meta.block_tables[group], meta.seq_lens, meta.query_start_loc, page_offset)
-    out, pages = op(q, k, v, kv_cache.pages[index], *tables, *more)
+    out, pages = op(q, k, v, kv_cache.pages[index], *tables, scales, *more)
     updated = (*kv_cache.pages[:index], pages, *kv_cache.pages[index + 1 :])
     return out, KVCache(updated, kv_cache.layout)
 
@@ -107,12 +110,14 @@ def _op(
 ) -> Callable[..., Any]:
     """The op over `mesh` by heads. Layers that loop call the same function, so it is traced once for all of them."""
 
-    def op(q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset, *more):
+    def op(q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset, scales, *more):
+        k_scale, v_scale = scales or (None, None)
         return ragged_paged_attention(
             q, k, v, pages, block_tables, seq_lens, query_start_loc, page_offset,
             scale=scale, soft_cap=soft_cap,
             sliding_window=more[0] if window is _TRACED else -1 if window is None else window,
             sinks=more[-1] if has_sinks else None,
+            k_scale=k_scale, v_scale=v_scale,
             implementation=implementation,
         )  # fmt: skip
 
@@ -122,7 +127,7 @@ def _op(
         op = jax.shard_map(
             op,
             mesh=mesh,
-            in_specs=(heads, heads, heads, pages, whole, whole, whole, whole, *more),
+            in_specs=(heads, heads, heads, pages, whole, whole, whole, whole, whole, *more),
             out_specs=(heads, pages),
             check_vma=False,
         )

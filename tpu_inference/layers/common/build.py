@@ -18,7 +18,7 @@ class BuildContext:
     mesh: Mesh
     """May hold devices of a topology description (ahead-of-time compilation)."""
     dtype: Any
-    """Of weights, activations and KV cache."""
+    """Of weights and activations, and of the KV cache unless `kv_cache_dtype` says otherwise."""
     max_model_len: int
     """Longest request served, in tokens. Chooses among RoPE tables that depend on length."""
     scan_layers: bool | None = None
@@ -27,6 +27,9 @@ class BuildContext:
     """How linear layers' weights are stored, where they are quantized."""
     expert_parallel: bool = False
     """Experts are divided among the devices, instead of each expert's width."""
+
+    kv_cache_dtype: Any = None
+    """Of a KV cache of one byte a number, which has scales; None: `dtype`."""
 
     @property
     def shards(self) -> int:

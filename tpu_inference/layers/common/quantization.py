@@ -7,20 +7,25 @@ the sources below turn what is read into rows.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, Nvfp4Source
 from tpu_inference.layers.common.packed import Layout, PackedSource
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 
 Read = Callable[..., np.ndarray]
 GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """Of values that weights are rounded to at load."""
+LEAST_PART = 32
+"""Columns of the smallest groups that larger ones are cut into where devices, or pieces of a weight, would have a part of one."""
 _ROWS_AT_A_TIME = 1024
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class ScaleSource(Source):
     rows_of_entry: int = 1
     transposed: bool = False
     """Whether the checkpoint has them as [groups, entries]."""
+    parts: int = 1
+    """Groups on the device that one of the checkpoint's is cut into."""
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         return shape == self.shape[::-1] if self.transposed else math.prod(shape) == math.prod(self.shape)
@@ -37,11 +44,25 @@ class ScaleSource(Source):
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
         entries = read(name).astype(np.float32)
         entries = entries.T if self.transposed else entries.reshape(self.shape)
+        entries = entries.repeat(self.parts, axis=1)
         rows, columns = index
         first = rows.start // self.rows_of_entry
         wanted = entries[first : -(-rows.stop // self.rows_of_entry), columns]
         start = rows.start - first * self.rows_of_entry
         return np.repeat(wanted, self.rows_of_entry, axis=0)[start : start + rows.stop - rows.start]
+
+
+def has_nan_bytes(values: np.ndarray) -> bool:
+    """Whether values of e4m3 are no numbers: kernels read those bytes as numbers."""
+    return values.dtype == _E4M3 and bool(((values.view(np.uint8) & 0x7F) == 0x7F).any())
+
+
+def without_minus_zero(values: np.ndarray) -> np.ndarray:
+    """The same numbers; e4m3 without -0, whose bits are NaN where chips before tpu7x read them with another bias (`kernels.grouped_matmul`)."""
+    if values.dtype != _E4M3:
+        return values
+    bits = values.view(np.uint8)
+    return np.where(bits == 0x80, np.uint8(0), bits).view(_E4M3)
 
 
 def scales_of_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
@@ -55,21 +76,34 @@ def rounded(weight: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
     return (np.rint(values) if dtype == "int8" else values).astype(np.dtype(dtype))
 
 
+def rounded_rows(
+    read: Callable[[slice], np.ndarray], rows: slice, dtype: str, group: int | None = None
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(rows, scales [n, groups], values [n, columns]) of a weight that `read` reads whole rows of, so many at a time that little memory is taken.
+
+    Groups are of so many columns, which divide a row; None for one.
+    """
+    for start in range(rows.start, rows.stop, _ROWS_AT_A_TIME):
+        part = slice(start, min(start + _ROWS_AT_A_TIME, rows.stop))
+        whole = read(part)
+        groups = whole.reshape(-1, group or whole.shape[1])
+        scales = scales_of_rows(groups, dtype)
+        yield part, scales.reshape(len(whole), -1), rounded(groups, scales, dtype).reshape(whole.shape)
+
+
 @dataclass(frozen=True)
 class _RoundedAtLoad(Source):
-    """Of a weight that the checkpoint has in full. A row's scale is that of the whole row, whichever part of it is asked for."""
+    """Of a weight that the checkpoint has in full. A row's scales are those of the whole row, whichever part of it is asked for."""
 
     dtype: str = "int8"
+    group: int | None = None
     wants_scales: bool = False
 
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
-        parts = []
-        for start in range(rows.start, rows.stop, _ROWS_AT_A_TIME):
-            whole = read(name, (slice(start, min(start + _ROWS_AT_A_TIME, rows.stop)), slice(0, self.shape[1])))
-            scales = scales_of_rows(whole, self.dtype)
-            parts.append(scales if self.wants_scales else rounded(whole[:, columns], scales, self.dtype))
-        return np.concatenate(parts)
+        whole = slice(0, self.shape[1])
+        parts = rounded_rows(lambda part: read(name, (part, whole)), rows, self.dtype, self.group)
+        return np.concatenate([(scales if self.wants_scales else values)[:, columns] for _, scales, values in parts])
 
 
 @dataclass(frozen=True)
@@ -83,42 +117,57 @@ class Scheme:
     activations: str | None = None
     """As `quantized_matmul` takes it."""
     at_load: bool = False
-    """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row."""
+    """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row or for groups of its columns."""
     packed: int = 0
     """Bits of a value where they are stored as `PackedSource` reads them, else 0."""
-    layout: Layout = "compressed-tensors"
+    layout: Layout | Literal["nvfp4"] = "compressed-tensors"
     """Of packed values."""
     zeros_name: str | None = None
     """Last part of the name of packed values' zero points, where they have any."""
     values_name: str = "weight"
     scales_name: str = "weight_scale"
+    tensor_scale_name: str | None = None
+    """Last part of the name of the one scale of the whole tensor, which NVFP4 has besides."""
+    divides: bool = False
+    """Whether that is divided by."""
+
+    @property
+    def stored_dtype(self) -> str:
+        """Of the tensor `values_name`, where a weight in full may have that name."""
+        return "uint8" if self.layout == "nvfp4" else self.dtype
 
     @property
     def stored_names(self) -> tuple[str, ...]:
         """Last parts of the names of the tensors that the checkpoint has of each layer."""
-        zeros = () if self.zeros_name is None else (self.zeros_name,)
-        return (self.values_name, self.scales_name, *zeros)
+        names = (self.values_name, self.scales_name, self.zeros_name, self.tensor_scale_name)
+        return tuple(name for name in names if name is not None)
 
     def weight_shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """[rows, columns] of a weight whose values are stored in that shape."""
         if not self.packed:
             return stored[0], stored[1]
+        if self.layout == "nvfp4":
+            return stored[0], 2 * stored[1]
         return PackedSource("", stored, bits=self.packed, layout=self.layout).weight_shape
 
     def groups(self, columns: int) -> int:
         """Scales of a row."""
         return 1 if self.block[1] is None else -(-columns // self.block[1])
 
-    def values(self, source: Source) -> Source:
-        """What the checkpoint has in place of the weight `source`."""
+    def values(self, source: Source, parts: int = 1) -> Source:
+        """What the checkpoint has in place of the weight `source`; `parts` as for `scales`."""
         if self.at_load:
-            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype)
+            group = self.block[1] and self.block[1] // parts
+            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group)
         name = source.name.removesuffix("weight") + self.values_name
+        if self.layout == "nvfp4":
+            return Nvfp4Source.of(source, name)
         if self.packed:
             return self._packed(source, name)
         return replace(source, name=name)
 
     def _packed(self, source: Source, name: str) -> Source:
+        assert self.layout != "nvfp4"
         (rows, columns), words = source.shape, lambda n: -(-n * self.packed // 32)
         shape = {
             "compressed-tensors": (rows, words(columns)),
@@ -128,18 +177,24 @@ class Scheme:
         zeros = self.zeros_name and source.name.removesuffix("weight") + self.zeros_name
         return PackedSource(name, shape, source.offset, self.packed, self.layout, zeros, self.block[1] or columns)
 
-    def scales(self, source: Source) -> Source:
-        """Its scales."""
+    def scales(self, source: Source, parts: int = 1) -> Source:
+        """Its scales, of groups of columns each of which is cut into so many."""
         if self.at_load:
-            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, wants_scales=True)
+            group = self.block[1] and self.block[1] // parts
+            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group, wants_scales=True)
         rows_of_entry = self.block[0] or source.shape[0]
         shape = (-(-source.shape[0] // rows_of_entry), self.groups(source.shape[1]))
+        base = source.name.removesuffix("weight")
+        if self.tensor_scale_name is not None:
+            of_tensor = base + self.tensor_scale_name
+            return Nvfp4ScaleSource(base + self.scales_name, shape, source.offset, of_tensor, self.divides, parts)
         return ScaleSource(
-            source.name.removesuffix("weight") + self.scales_name,
+            base + self.scales_name,
             shape,
             source.offset,
             rows_of_entry,
             self.layout != "compressed-tensors",
+            parts,
         )
 
 
@@ -188,29 +243,32 @@ class Quantization:
 def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec, WeightSpec]:
     """(values, scales) in place of a weight [out, in].
 
+    Where a piece or a device has a part of a group of columns, the device's groups are smaller than the checkpoint's (not those of experts).
+
     Raises:
-        TpuInferenceError: groups of columns that a piece or a device would have a part of.
+        TpuInferenceError: groups of columns that a piece or a device would have too small a part of.
     """
-    groups, (rows, columns) = scheme.groups(spec.shape[1]), spec.shape
+    groups, (rows, columns), size, parts = scheme.groups(spec.shape[1]), spec.shape, spec.shape[1], 1
+    if groups > 1:
+        size = _group_size(spec, scheme.block[1] or columns, shards)
+        groups, parts = columns // size, (scheme.block[1] or columns) // size
     pieces = tuple(
-        piece if piece.source is None else replace(piece, source=scheme.values(piece.source)) for piece in spec.pieces
+        piece if piece.source is None else replace(piece, source=scheme.values(piece.source, parts))
+        for piece in spec.pieces
     )
     values = replace(spec, dtype=np.dtype(scheme.dtype), pieces=pieces)
     axis, scale_pieces = (
         spec.axis,
         tuple(
-            piece if piece.source is None else replace(piece, source=scheme.scales(piece.source))
+            piece if piece.source is None else replace(piece, source=scheme.scales(piece.source, parts))
             for piece in spec.pieces
         ),
     )
     if spec.axis == 1 and groups == 1:
         source = next(piece.source for piece in scale_pieces if piece.source is not None)
         axis, scale_pieces = 0, (Piece(rows, source),)
-    elif groups > 1:
-        size = scheme.block[1] or columns
-        _check_groups(spec, size, shards)
-        if spec.axis == 1:
-            scale_pieces = tuple(replace(p, size=p.size // size, start=p.start // size) for p in scale_pieces)
+    elif spec.axis == 1:
+        scale_pieces = tuple(replace(p, size=p.size // size, start=p.start // size) for p in scale_pieces)
     scales = replace(
         spec,
         shape=(rows, groups),
@@ -223,14 +281,63 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec
     return values, scales
 
 
-def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:
+@dataclass(frozen=True)
+class DequantizedSource(Source):
+    """A matrix that the checkpoint has quantized, read as what it means: float32."""
+
+    values: Source = field(kw_only=True)
+    scales: Source = field(kw_only=True)
+    group: int = field(kw_only=True)
+    """Columns that share a scale."""
+
+    @property
+    def beside(self) -> tuple[Source, ...]:
+        return (*self.values.beside, self.scales)
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        return self.values.accepts(shape)
+
+    def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        groups = slice(columns.start // self.group, -(-columns.stop // self.group))
+        scales_name = name.removesuffix(_last(self.values.name)) + _last(self.scales.name)
+        scales = np.repeat(self.scales.read(read, scales_name, (rows, groups)), self.group, axis=1)
+        start = columns.start - groups.start * self.group
+        values = self.values.read(read, name, index).astype(np.float32)
+        return values * scales[:, start : start + values.shape[1]]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def dequantized(source: Source, scheme: Scheme) -> Source:
+    """The weight `source` as it is read from a checkpoint of `scheme`, in full."""
+    if scheme.at_load:
+        return source
+    values = scheme.values(source)
+    group = scheme.block[1] or source.shape[1]
+    return DequantizedSource(
+        values.name, values.shape, source.offset, values=values, scales=scheme.scales(source), group=group
+    )
+
+
+def part_of_group(size: int, whole: Iterable[int]) -> int | None:
+    """Columns of groups that divide all of `whole`: `size`, or a part of it of `LEAST_PART` or a multiple; None where there is none."""
+    part = math.gcd(size, *whole)
+    return part if part == size or part % LEAST_PART == 0 else None
+
+
+def _group_size(spec: WeightSpec, size: int, shards: int) -> int:
+    """Columns that share a scale on the device, where `size` do in the checkpoint. Raises TpuInferenceError where groups would be cut too small."""
     name = next(piece.source.name for piece in spec.pieces if piece.source is not None)
     whole = [spec.shape[1]]
     if spec.axes[1] not in (None, "embed"):
         whole.append(spec.shape[1] // shards)
     if spec.axis == 1:
         whole += [n for piece in spec.pieces for n in (piece.size, piece.start)]
-    if any(n % size for n in whole):
+    part = part_of_group(size, whole)
+    if part is None or (part < size and spec.experts is not None):
         raise TpuInferenceError(
             f"{name} is quantized in groups of {size} columns, which {spec.shape[1]} columns on {shards} devices are not divided into: "
             + (
@@ -239,3 +346,4 @@ def _check_groups(spec: WeightSpec, size: int, shards: int) -> None:
                 else "use a checkpoint with groups that divide them."
             )
         )
+    return part

@@ -10,9 +10,10 @@ from flax import nnx
 from tpu_inference.layers.common.attention import KVCache, attention
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.cache_scales import cache_scales
 from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.linear import before_split
-from tpu_inference.layers.common.rope import apply_rope
+from tpu_inference.layers.common.rope import Rotation, rotate
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, merge_pieces, slots
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import Linear
@@ -40,6 +41,9 @@ class Attention(nnx.Module):
         sinks = slots(Source(f"{cfg.names.layer}.{cfg.names.sinks}", (cfg.num_heads,)), plan.q_slots, 1)
         spec = WeightSpec((plan.num_q_slots,), ctx.dtype, ("heads",), sinks)
         self.sinks = nnx.Param(spec) if cfg.sinks else None
+        # In each projection's layer name, its last part left out: "model.layers.0.self_attn".
+        module = f"{cfg.names.layer}.{cfg.names.o}".rpartition(".")[0]
+        self.kv_scales = nnx.Param(cache_scales(module)) if ctx.kv_cache_dtype else None
         self.q_norm, self.k_norm = (
             RMSNorm(ctx, f"{cfg.names.layer}.{name}", cfg.head_dim, cfg.eps, cfg.norm_offset) if cfg.qk_norm else None
             for name in (cfg.names.q_norm, cfg.names.k_norm)
@@ -69,11 +73,11 @@ class Attention(nnx.Module):
         kv_cache: KVCache,
         layer: int | jax.Array,
         meta: AttentionMetadata,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rotation,
         window: Any,
         in_stack: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """x: [T, hidden]; `rope` cosine and sine [T, ...]; `window` a Python int, None, or traced (<= 0: none); `in_stack` as `Linear` takes it."""
+        """x: [T, hidden]; `window` a Python int, None, or traced (<= 0: none); `in_stack` as `Linear` takes it."""
         cfg, plan, tokens = self.cfg, self.heads, x.shape[0]
         per_q, per_kv = plan.num_q_slots // self.shards, plan.num_kv_slots // self.shards
         qkv = before_split(self.qkv(x, in_stack)).reshape(tokens, self.shards, -1)
@@ -82,10 +86,11 @@ class Attention(nnx.Module):
         q, k, v = (part.reshape(tokens, -1, cfg.head_dim) for part in jnp.split(qkv, ends, axis=-1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = rotate(q, k, rope, interleaved=cfg.interleaved_rope, eps=cfg.eps)
         out, kv_cache = attention(
             q, k, v, kv_cache, layer, meta,
             mesh=self.mesh, scale=cfg.scale, soft_cap=cfg.attention_soft_cap, sliding_window=window,
             sinks=None if self.sinks is None else self.sinks[...],
+            kv_scales=None if self.kv_scales is None else self.kv_scales[...],
         )  # fmt: skip
         return self.o(out.reshape(tokens, -1), in_stack), kv_cache

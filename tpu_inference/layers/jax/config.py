@@ -8,6 +8,7 @@ from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.moe import Routing
 from tpu_inference.layers.common.rope import Rope, rope_from_config
 
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
 
 
@@ -30,6 +31,8 @@ class WeightNames:
     """Before attention, and after it where there are two."""
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     """Before the MLP, and after it where there are two."""
+    unread: tuple[str, ...] = ()
+    """Beginnings of the names of tensors that are of other modalities than text."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,28 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class MLAConfig:
+    """Attention over latents (DeepSeek)."""
+
+    q_rank: int
+    """Of what queries are made from; 0: of the hidden state itself."""
+    kv_rank: int
+    """Of a token's latent, of which its keys and values are made."""
+    nope_dim: int
+    """Of a head's query and key: the part that is not rotated."""
+    rope_dim: int
+    value_dim: int
+    pairs: bool = True
+    """Whether neighbours are rotated together, instead of halves."""
+    down_bias: bool = False
+
+    @property
+    def qk_dim(self) -> int:
+        """Of a head's query."""
+        return self.nope_dim + self.rope_dim
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer."""
 
@@ -93,6 +118,10 @@ class DecoderConfig:
     rope_of_layer: tuple[int, ...]
     window_of_layer: tuple[int | None, ...]
     tie_embeddings: bool
+    chunk_of_layer: tuple[int | None, ...] = ()
+    """Tokens of a chunk that attention stays within, in those layers where it does; one size. Empty: in none."""
+    interleaved_rope: bool = False
+    """Whether rotated dimensions are neighbours (Llama 4), not of two halves."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -107,6 +136,14 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     moe_of_layer: tuple[bool, ...] = ()
     """Which layers have experts in the place of the MLP; empty: none."""
+    mla: MLAConfig | None = None
+    layers_unread: int = 0
+    """Layers that the checkpoint has behind the last and nothing reads."""
+
+    @property
+    def chunk(self) -> int | None:
+        """The size of all layers' chunks; None where attention has none."""
+        return next((chunk for chunk in self.chunk_of_layer if chunk), None)
 
     def runs(self) -> list[range]:
         """Layers that follow each other and are alike, which one scan can run."""
@@ -142,21 +179,22 @@ def decoder_config(hf: Any, max_model_len: int, **choices: Any) -> DecoderConfig
         ropes=tuple(rope_from_config(hf, head_dim, max_model_len, key) for key in unique),
         rope_of_layer=tuple(unique.index(key) for key in rope_keys),
         window_of_layer=tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in kinds),
+        chunk_of_layer=tuple(hf.attention_chunk_size if kind == "chunked_attention" else None for kind in kinds),
         tie_embeddings=bool(hf.tie_word_embeddings),
     )
     return DecoderConfig(**{**fields, **choices})
 
 
 def layer_kinds(hf: Any) -> list[str]:
-    """ "full_attention" or "sliding_attention" of each layer: the config's list, else its `sliding_window` for all."""
+    """ "full_attention", "sliding_attention" or "chunked_attention" of each layer: the config's list, else its `sliding_window` for all."""
     kinds = getattr(hf, "layer_types", None)
     if kinds is None:
         everywhere = "sliding_attention" if getattr(hf, "sliding_window", None) else "full_attention"
         kinds = [everywhere] * hf.num_hidden_layers
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    unknown = sorted(set(kinds) - set(KINDS))
     if unknown or len(kinds) != hf.num_hidden_layers:
         raise TpuInferenceError(
-            f"layer_types must name full_attention or sliding_attention for each of {hf.num_hidden_layers} layers; "
+            f"layer_types must name one of {', '.join(KINDS)} for each of {hf.num_hidden_layers} layers; "
             f"it has {len(kinds)} entries{', among them ' + ', '.join(unknown) if unknown else ''}."
         )
     return list(kinds)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder: embedding, layers that repeat by scan or by loop, final norm, logits."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,13 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tpu_inference.layers.common.attention import KVCache
-from tpu_inference.layers.common.attention_metadata import AttentionMetadata
+from tpu_inference.layers.common.attention_metadata import AttentionMetadata, in_chunks
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.linear import matmul
+from tpu_inference.layers.common.rope import rotations
 from tpu_inference.layers.common.weights import Source, WeightSpec, map_specs, padded
 from tpu_inference.layers.jax.attention import Attention
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import StackParam
+from tpu_inference.layers.jax.mla import LatentAttention
 from tpu_inference.layers.jax.mlp import GatedMLP
 from tpu_inference.layers.jax.moe import MoE
 from tpu_inference.layers.jax.norm import RMSNorm
@@ -31,7 +34,8 @@ class DecoderLayer(nnx.Module):
             )
 
         self.attention_norms, self.mlp_norms = norms(cfg.names.attention_norms), norms(cfg.names.mlp_norms)
-        self.attention, self.mlp = Attention(cfg, ctx), MoE(cfg, ctx) if moe else GatedMLP(cfg, ctx)
+        self.attention = LatentAttention(cfg, ctx) if cfg.mla else Attention(cfg, ctx)
+        self.mlp = MoE(cfg, ctx) if moe else GatedMLP(cfg, ctx)
 
     def __call__(self, x: jax.Array, kv_cache: KVCache, layer, meta: AttentionMetadata, rope, window, in_stack=None):
         """Returns (x, kv_cache). `layer`: of the model; `in_stack`: of those whose weights are stacked, None where none are."""
@@ -52,12 +56,21 @@ def _with_specs(module: nnx.Module, fn) -> Any:
     return nnx.merge(graphdef, map_specs(fn, state))
 
 
+def _one_of(trees: Sequence[Any]) -> Callable[[jax.Array], Any]:
+    """`trees[index]`, of trees of equal shapes, for a traced index."""
+    if len(trees) == 1:
+        return lambda index: trees[0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return lambda index: jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
 class Decoder(nnx.Module):
     """A causal language model. Built abstract: its parameters are `WeightSpec`s until arrays are merged in."""
 
     def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
         self.cfg = cfg
         self.dtype, self.accumulate_dtype = ctx.dtype, ctx.accumulate_dtype
+        self.kv_cache_dtype = ctx.kv_cache_dtype or ctx.dtype
         self.embed = nnx.Param(self._vocab_spec(cfg.names.embed, ctx))
         self.scans = ctx.scans
         self.layers = nnx.List(layers for run in cfg.runs() for layers in self._of_run(run, ctx))
@@ -82,40 +95,46 @@ class Decoder(nnx.Module):
         x = self.embed[...][token_ids]
         if self.cfg.embed_scale != 1.0:
             x = x * jnp.asarray(self.cfg.embed_scale, x.dtype)
-        ropes = [rope.cos_sin(meta.positions) for rope in self.cfg.ropes]
-        x, kv_cache = (self._scan if self.scans else self._loop)(x, kv_cache, meta, ropes)
+        ropes = rotations(self.cfg.ropes, meta.positions)
+        metas = (meta,) if self.cfg.chunk is None else in_chunks(meta, self.cfg.chunk, kv_cache.pages[0].shape[3])
+        x, kv_cache = (self._scan if self.scans else self._loop)(x, kv_cache, metas, ropes)
         return self.norm(x), kv_cache
 
-    def _loop(self, x, kv_cache, meta, ropes):
+    def _meta_of_layer(self, layer: int) -> int:
+        """Index into the metadata: those of attention within chunks come second."""
+        return int(bool(self.cfg.chunk_of_layer and self.cfg.chunk_of_layer[layer]))
+
+    def _loop(self, x, kv_cache, metas, ropes):
         cfg = self.cfg
         for i, layer in enumerate(self.layers):
-            x, kv_cache = layer(x, kv_cache, i, meta, ropes[cfg.rope_of_layer[i]], cfg.window_of_layer[i])
+            meta, rope = metas[self._meta_of_layer(i)], ropes[cfg.rope_of_layer[i]]
+            x, kv_cache = layer(x, kv_cache, i, meta, rope, cfg.window_of_layer[i])
         return x, kv_cache
 
-    def _scan(self, x, kv_cache, meta, ropes):
+    def _scan(self, x, kv_cache, metas, ropes):
         for run, stacked in zip(self.cfg.runs(), self.layers, strict=True):
-            x, kv_cache = self._scan_run(run, stacked, x, kv_cache, meta, ropes)
+            x, kv_cache = self._scan_run(run, stacked, x, kv_cache, metas, ropes)
         return x, kv_cache
 
-    def _scan_run(self, run: range, stacked: DecoderLayer, x, kv_cache, meta, ropes):
+    def _scan_run(self, run: range, stacked: DecoderLayer, x, kv_cache, metas, ropes):
         window_of_layer = [self.cfg.window_of_layer[i] for i in run]
         graphdef, stacks, state = nnx.split(stacked, StackParam, ...)
         # What all layers share stays a Python value, so that the op can leave its masks out.
         shared = set(window_of_layer)
         windows = jnp.asarray([w or -1 for w in window_of_layer], jnp.int32)
-        cos, sin = (jnp.stack(tables) for tables in zip(*ropes, strict=True))
-        rope_of_layer = jnp.asarray([self.cfg.rope_of_layer[i] for i in run], jnp.int32)
+        kinds = [(self.cfg.rope_of_layer[i], self._meta_of_layer(i)) for i in run]
+        rope_of_layer, meta_of_layer = (jnp.asarray(indices, jnp.int32) for indices in zip(*kinds, strict=True))
+        rope_at, meta_at = _one_of(ropes), _one_of(metas)
 
         def body(carry, per_layer):
             x, kv_cache = carry
-            state, layer, window, rope = per_layer
+            state, layer, window, rope, meta = per_layer
             window = window if len(shared) > 1 else window_of_layer[0]
-            tables = (cos[rope], sin[rope]) if len(ropes) > 1 else (cos[0], sin[0])
             module = nnx.merge(graphdef, stacks, state)
-            return module(x, kv_cache, layer, meta, tables, window, layer - run.start), None
+            return module(x, kv_cache, layer, meta_at(meta), rope_at(rope), window, layer - run.start), None
 
         layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
-        return jax.lax.scan(body, (x, kv_cache), (state, layers, windows, rope_of_layer))[0]
+        return jax.lax.scan(body, (x, kv_cache), (state, layers, windows, rope_of_layer, meta_of_layer))[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [N, vocab_size] of hidden states [N, hidden]."""

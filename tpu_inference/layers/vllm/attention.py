@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod, KVCacheScaleParameter
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionLayer, AttentionType
 
 from tpu_inference.compat import import_torchax
@@ -94,16 +95,28 @@ class TpuAttentionImpl(AttentionImpl):
         """query [T, num_heads, head_size]; key and value of num_kv_heads, value perhaps of a smaller head. Fills `output`."""
         step, name = current_step(), layer.layer_name
         q = query.jax()
-        k, v = step.written[self.shares_with] if self.shares_with else (key.jax(), value.jax())
-        step.written[name] = (k, v)
+        if self.shares_with:
+            k, v, scales = step.written[self.shares_with]
+        else:
+            k, v, scales = key.jax(), value.jax(), _cache_scales(layer)
+        step.written[name] = (k, v, scales)
         # The kernels choose the precision of their products themselves.
         with jax.default_matmul_precision(None):
-            out = self._attend(step, self.shares_with or name, layer, q, k, v)
+            out = self._attend(step, self.shares_with or name, layer, q, k, v, scales)
         width = output.shape[-1]
         output.copy_(import_torchax().interop.torch_view(out[..., :width].reshape(output.shape)))
         return output
 
-    def _attend(self, step: StepContext, cached: str, layer: Any, q: jax.Array, k: jax.Array, v: jax.Array):
+    def _attend(
+        self,
+        step: StepContext,
+        cached: str,
+        layer: Any,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        scales: jax.Array | None,
+    ):
         if short := k.shape[-1] - v.shape[-1]:
             v = jnp.pad(v, ((0, 0), (0, 0), (0, short)))
         if self.alibi_slopes is not None:
@@ -117,6 +130,24 @@ class TpuAttentionImpl(AttentionImpl):
             take_slots(q, plan.q_slots), take_slots(k, plan.kv_slots), take_slots(v, plan.kv_slots),
             step.kv_cache, step.index_of_layer[cached] + step.layer_offset, step.meta,
             mesh=step.mesh, scale=self.scale, soft_cap=self.soft_cap, sliding_window=self.sliding_window, sinks=sinks,
+            kv_scales=scales,
         )  # fmt: skip
         slot_of_head = {head: slot for slot, head in enumerate(plan.q_slots) if head is not None}
         return take_slots(out, [slot_of_head[head] for head in range(self.num_heads)])
+
+
+class CacheScalesMethod(BaseKVCacheMethod):
+    """Gives an attention layer the checkpoint's scales of its cache, `k_scale` and `v_scale`; -1 where the checkpoint has none."""
+
+    def create_weights(self, layer: torch.nn.Module) -> None:
+        layer.k_scale, layer.v_scale = KVCacheScaleParameter(), KVCacheScaleParameter()
+
+
+def _cache_scales(layer: Any) -> jax.Array | None:
+    """float32 [2] of K and V: 1 where the checkpoint has none, and the one that it has for both where it has one."""
+    if not hasattr(layer, "k_scale"):
+        return None
+    k, v = layer.k_scale.jax(), layer.v_scale.jax()
+    k, v = jnp.where(k > 0, k, v), jnp.where(v > 0, v, k)
+    scales = jnp.stack([k, v]).astype(jnp.float32)
+    return jnp.where(scales > 0, scales, 1.0)

@@ -27,8 +27,8 @@ class StepContext:
     """vLLM's name of an attention layer -> its index in the KV cache."""
     layer_offset: int | jax.Array = 0
     """Layers that a scanned layer lies beyond the one whose code is traced."""
-    written: dict[str, tuple[jax.Array, jax.Array]] = field(default_factory=dict)
-    """K and V of the layers traced so far, for layers that share a cache."""
+    written: dict[str, tuple[jax.Array, jax.Array, jax.Array | None]] = field(default_factory=dict)
+    """K, V and the cache's scales of the layers traced so far, for layers that share a cache."""
     stacks: dict[str, Any] = field(default_factory=dict)
     """Stacked parameters of the layers that are scanned, by the name of their list; without, every layer is traced."""
 

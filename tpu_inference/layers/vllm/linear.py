@@ -102,11 +102,7 @@ class TpuEmbeddingMethod(UnquantizedEmbeddingMethod):
 
 
 def use_shells(model: torch.nn.Module, mesh: Mesh, accumulate_dtype: Any) -> None:
-    """Let the linear layers and embeddings of `model` compute by the methods above.
-
-    Raises:
-        TpuInferenceError: a quantized layer whose groups of columns the devices would cut.
-    """
+    """Let the linear layers and embeddings of `model` compute by the methods above."""
     shards = mesh.shape[MODEL_AXIS]
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)

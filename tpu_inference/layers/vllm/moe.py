@@ -23,6 +23,7 @@ from tpu_inference.layers.common.moe import (
     route,
 )
 from tpu_inference.layers.common.sharding import MODEL_AXIS
+from tpu_inference.layers.vllm.quantized_experts import QuantizedExpertsMethod
 
 
 class TpuExpertsMethod(FusedMoEMethodBase):
@@ -65,7 +66,10 @@ class TpuExpertsMethod(FusedMoEMethodBase):
         arrays = {name: tensor.jax() for name, tensor in layer.named_parameters(recurse=False)}
         out = experts(
             x.jax(), weights, ids,
-            ExpertWeights(arrays["w13_weight"], arrays["w2_weight"], arrays.get("w13_bias"), arrays.get("w2_bias")),
+            ExpertWeights(
+                arrays["w13_weight"], arrays["w2_weight"], arrays.get("w13_bias"), arrays.get("w2_bias"),
+                arrays.get("w13_weight_scale"), arrays.get("w2_weight_scale"),
+            ),
             activation=self._activation, mesh=self._mesh, sharding=self.sharding,
             accumulate_dtype=self._accumulate_dtype, weigh_input=layer.apply_router_weight_on_input,
         )  # fmt: skip
@@ -88,11 +92,11 @@ class TpuExpertsMethod(FusedMoEMethodBase):
 def use_expert_shells(
     model: torch.nn.Module, mesh: Mesh, accumulate_dtype: Any, *, expert_parallel: bool = False
 ) -> None:
-    """Let the unquantized experts of `model` compute by the method above."""
+    """Let the experts of `model` compute by the method above."""
     for layer in model.modules():
         if not isinstance(layer, RoutedExperts):
             continue
-        if not isinstance(layer.quant_method, UnquantizedFusedMoEMethod):
+        if not isinstance(layer.quant_method, UnquantizedFusedMoEMethod | QuantizedExpertsMethod):
             raise TpuInferenceError(
                 f"Experts quantized as {type(layer.quant_method).__name__} has them are not served with vLLM's PyTorch class: use an "
                 "unquantized checkpoint, or for gpt-oss in MXFP4 the JAX class (--model-impl auto)."

@@ -71,14 +71,18 @@ def _of_linear(layer: LinearBase, name: str, shape: torch.Size, shards: int) -> 
     return _replicated(name, ndim)
 
 
-def _of_experts(layer: RoutedExperts, sharding: Sharding, name: str, ndim: int, shards: int) -> tuple[Placement, ...]:
+def _of_experts(
+    layer: RoutedExperts, sharding: Sharding, name: str, shape: torch.Size, shards: int
+) -> tuple[Placement, ...]:
     """Experts divided among the devices, or every expert: rows of gate and up, columns of down."""
-    width = layer.intermediate_size_per_partition
+    width, ndim = layer.intermediate_size_per_partition, len(shape)
     if sharding == "whole" or not name.startswith(("w13", "w2_weight")):
         return _replicated(name, ndim)
     if sharding == "experts":
         return (Placement(name, ("experts", None, None)[:ndim]),)
-    if name == "w2_weight":
+    if name == "w2_weight_scale" and shape[-1] == 1:  # a row's one scale is not divided
+        return _replicated(name, ndim)
+    if name.startswith("w2_weight"):
         return (Placement(name, (None, None, "mlp")),)
     axes = (None, "mlp", None)[:ndim]
     if not layer.moe_config.is_act_and_mul or layer.activation.value in INTERLEAVED or shards == 1:
@@ -94,5 +98,5 @@ def placements(layer: torch.nn.Module, name: str, parameter: torch.Tensor, shard
     if isinstance(layer, VocabParallelEmbedding) and parameter.shape[0] % shards == 0:
         return (Placement(name, ("vocab", *[None] * (ndim - 1))),)
     if isinstance(layer, RoutedExperts) and isinstance(method := layer.quant_method, TpuExpertsMethod):
-        return _of_experts(layer, method.sharding, name, ndim, shards)
+        return _of_experts(layer, method.sharding, name, parameter.shape, shards)
     return _replicated(name, ndim)

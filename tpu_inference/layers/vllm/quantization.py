@@ -4,12 +4,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    RowParallelLinear,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
@@ -17,42 +18,39 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from tpu_inference.errors import TpuInferenceError
-from tpu_inference.layers.common.quantization import Quantization, Scheme, rounded, scales_of_rows
+from tpu_inference.layers.common.quantization import Quantization, Scheme
 from tpu_inference.layers.common.sharding import LogicalAxes
+from tpu_inference.layers.vllm.attention import CacheScalesMethod
 from tpu_inference.layers.vllm.placement import placements
+from tpu_inference.layers.vllm.quantized_experts import QuantizedExpertsMethod
+from tpu_inference.layers.vllm.rounding import CHECKPOINT_NUMEL, group_size, repeat_then, rounded_whole
 
 VALUES, SCALES = "weight", "weight_scale"
 """Names of the parameters of every quantized layer."""
-_ROWS_AT_A_TIME = 1024
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory, if it is contiguous."""
-    tensor = tensor.detach().contiguous()
-    name = str(tensor.dtype).removeprefix("torch.")
-    if name == "bfloat16":
-        return tensor.view(torch.int16).numpy().view(name)
-    if name.startswith("float8"):
-        return tensor.view(torch.uint8).numpy().view(name)
-    return tensor.numpy()
-
-
-def to_torch(array: np.ndarray) -> torch.Tensor:
-    """The same memory, if it is contiguous and writeable."""
-    array = np.ascontiguousarray(array)
-    if array.dtype.name.startswith("float8"):
-        return torch.from_numpy(array.view(np.uint8)).view(getattr(torch, array.dtype.name))
-    return torch.from_numpy(array)
 
 
 class TpuQuantizationConfig(QuantizationConfig):
     """What vLLM's layers ask, while they are built, how they are quantized."""
 
-    def __init__(self, quantization: Quantization, apply_mapper: Callable[[Any], None]) -> None:
-        """`quantization` answers for names as the checkpoint has them, or as vLLM's modules have them once `apply_mapper` was called."""
+    def __init__(
+        self,
+        quantization: Quantization,
+        apply_mapper: Callable[[Any], None],
+        *,
+        shards: int = 1,
+        expert_parallel: bool = False,
+        cache_scales: bool = False,
+    ) -> None:
+        """`shards`: devices that layers are divided among, experts by their widths unless `expert_parallel`.
+
+        `cache_scales`: whether attention layers have scales of the KV cache.
+
+        `quantization` answers for names as the checkpoint has them, or as vLLM's modules have them once `apply_mapper` was called."""
         super().__init__()
+        self.quantization = quantization
         self._scheme_of, self._of_experts = quantization.scheme_of, quantization.of_experts
-        self._apply_mapper = apply_mapper
+        self._apply_mapper, self._cache_scales = apply_mapper, cache_scales
+        self._shards, self._expert_parallel = shards, expert_parallel
 
     def get_name(self) -> str:
         return "tpu"
@@ -76,23 +74,26 @@ class TpuQuantizationConfig(QuantizationConfig):
         self._apply_mapper(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Raises TpuInferenceError for quantized experts, and for a layer made of several that are stored differently."""
+        """Raises TpuInferenceError for a layer, or experts, made of several that are stored differently."""
         if isinstance(layer, RoutedExperts):
-            if (scheme := self._of_experts(f"{prefix}.0.gate_proj")) is None:
-                return None
-            advice = (
-                """use --quantization online with --quantization-config '{"linear": ...}' alone"""
-                if scheme.at_load
-                else "use a checkpoint whose experts are not quantized"
-            )
-            raise TpuInferenceError(
-                f"{prefix} would be quantized, and experts of vLLM's PyTorch classes are served unquantized only: "
-                f"{advice}, or a model with a JAX class."
-            )
+            return self._experts_method(layer, prefix)
+        if isinstance(layer, Attention):
+            return CacheScalesMethod(self) if self._cache_scales else None
         if not isinstance(layer, LinearBase):
             return None
         scheme = self._scheme(prefix)
-        return UnquantizedLinearMethod() if scheme is None else QuantizedLinearMethod(scheme, prefix)
+        return UnquantizedLinearMethod() if scheme is None else QuantizedLinearMethod(scheme, prefix, self._shards)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizedExpertsMethod | None:
+        """None for experts that are not quantized."""
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        experts = prefix.removesuffix(".routed_experts")
+        schemes = {self._of_experts(f"{experts}.0.{name}") for name in names if name}
+        if len(schemes) > 1:
+            raise TpuInferenceError(f"Matrices of the experts {experts} are quantized in different ways: not served.")
+        scheme = schemes.pop()
+        shards = 1 if self._expert_parallel else self._shards
+        return None if scheme is None else QuantizedExpertsMethod(scheme, layer, experts, shards)
 
     def _scheme(self, prefix: str) -> Scheme | None:
         base, _, name = prefix.rpartition(".")
@@ -109,8 +110,8 @@ class TpuQuantizationConfig(QuantizationConfig):
 class QuantizedLinearMethod(LinearMethodBase):
     """One layer's values [out, in] and scales [out, groups]; `product` is set before it computes."""
 
-    def __init__(self, scheme: Scheme, prefix: str) -> None:
-        self.scheme, self._prefix = scheme, prefix
+    def __init__(self, scheme: Scheme, prefix: str, shards: int = 1) -> None:
+        self.scheme, self._prefix, self._shards = scheme, prefix, shards
         self.product: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
 
     def create_weights(
@@ -123,36 +124,31 @@ class QuantizedLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """As vLLM asks it, of undivided layers. Raises TpuInferenceError where a row is no whole number of groups."""
-        rows, columns, size = sum(output_partition_sizes), input_size, self.scheme.block[1]
-        if size is not None and columns % size:
-            raise TpuInferenceError(
-                f"{self._prefix} has {columns} columns, which groups of {size} do not divide: not served."
-            )
-        load = extra_weight_attrs["weight_loader"]
+        """As vLLM asks it, of undivided layers. Raises TpuInferenceError where devices would have too small a part of a group of columns."""
+        rows, columns, load = sum(output_partition_sizes), input_size, extra_weight_attrs["weight_loader"]
+        divided = isinstance(layer, RowParallelLinear) and columns % self._shards == 0
+        size = group_size(self.scheme, self._prefix, columns, self._shards if divided else 1)
+        groups = columns // size
         values = torch.empty(rows, columns, dtype=getattr(torch, self.scheme.dtype))
-        scales = torch.empty(rows, groups := self.scheme.groups(columns), dtype=torch.float32)
-        load_values = self._round_then(load, layer) if self.scheme.at_load else load
+        scales = torch.empty(rows, groups, dtype=torch.float32)
+        load_values = self._round_then(load, layer, size) if self.scheme.at_load else load
         layer.register_parameter(
             VALUES, ModelWeightParameter(data=values, input_dim=1, output_dim=0, weight_loader=load_values)
         )
         if groups == 1:
             parameter = ChannelQuantScaleParameter(data=scales, output_dim=0, weight_loader=load)
         else:
+            parts = 1 if self.scheme.at_load else (self.scheme.block[1] or size) // size
+            load = repeat_then(load, parts, groups)
             parameter = GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=load)
+            setattr(parameter, CHECKPOINT_NUMEL, rows * -(-columns // (size * parts)))
         layer.register_parameter(SCALES, parameter)
 
-    def _round_then(self, load: Callable[..., Any], layer: torch.nn.Module) -> Callable[..., None]:
+    def _round_then(self, load: Callable[..., Any], layer: torch.nn.Module, group: int) -> Callable[..., None]:
         """A loader of a weight in full."""
-        dtype = self.scheme.dtype
 
         def rounding(parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            scales, values = torch.empty(loaded.shape[0], 1), torch.empty(loaded.shape, dtype=parameter.dtype)
-            for start in range(0, loaded.shape[0], _ROWS_AT_A_TIME):
-                part = slice(start, start + _ROWS_AT_A_TIME)
-                whole = to_numpy(loaded[part])
-                of_rows = scales_of_rows(whole, dtype)
-                scales[part], values[part] = to_torch(of_rows), to_torch(rounded(whole, of_rows, dtype))
+            scales, values = rounded_whole(loaded, self.scheme.dtype, group)
             held = getattr(layer, SCALES)
             held.weight_loader(held, scales, *args, **kwargs)
             load(parameter, values, *args, **kwargs)
@@ -160,19 +156,8 @@ class QuantizedLinearMethod(LinearMethodBase):
         return rounding
 
     def axes(self, layer: LinearBase, shards: int) -> LogicalAxes:
-        """Of the values, as `placement` lays them.
-
-        Raises:
-            TpuInferenceError: a device would have a part of a group of columns.
-        """
-        placed = placements(layer, VALUES, layer.weight, shards)
-        axes, size = placed[0].axes, self.scheme.block[1]
-        if axes[1] is not None and size is not None and layer.input_size // shards % size:
-            raise TpuInferenceError(
-                f"{self._prefix} is quantized in groups of {size} columns, which {layer.input_size} columns on {shards} devices are not "
-                "divided into: use a smaller --tensor-parallel-size."
-            )
-        return axes
+        """Of the values, as `placement` lays them."""
+        return placements(layer, VALUES, layer.weight, shards)[0].axes
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         assert self.product is not None

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.quantization import has_nan_bytes
 
 _BYTES = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -24,6 +25,11 @@ class CheckpointError(TpuInferenceError):
         lines = "\n".join(f"  - {problem}" for problem in problems)
         super().__init__(f"The checkpoint at {where} cannot be loaded ({len(problems)} problem(s)):\n{lines}")
         self.problems = list(problems)
+
+
+def nan_problem(name: str) -> str:
+    """Of a tensor of quantized values."""
+    return f"not a number: {name} has NaN among its e4m3 values"
 
 
 class _SafetensorsFile:
@@ -84,6 +90,7 @@ class Checkpoint:
         self.where = str(Path(self.files[0]).parent) if self.files else "(no files)"
         self._file_of: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self._with_nans: set[str] = set()
         problems = self._missing_files()
         for path in self.files:
             opener = _SafetensorsFile if path.endswith(".safetensors") else _TorchFile
@@ -110,5 +117,13 @@ class Checkpoint:
         return problems
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """`tensor[index]`, in the dtype of the file."""
-        return self._file_of[name].read(name, index)
+        """`tensor[index]`, in the dtype of the file. What of it is no number is remembered: `refuse_nans`."""
+        array = self._file_of[name].read(name, index)
+        if has_nan_bytes(array):
+            self._with_nans.add(name)
+        return array
+
+    def refuse_nans(self) -> None:
+        """Raises CheckpointError that names the tensors of e4m3 in which NaN was read."""
+        if self._with_nans:
+            raise CheckpointError(self.where, [nan_problem(name) for name in sorted(self._with_nans)])

@@ -18,6 +18,10 @@ class AttentionLayer:
     num_kv_heads: int
     """KV heads in the cache over all devices, copies and padding included."""
     head_dim: int
+    latent: int | None = None
+    """Of latent attention, the leading numbers of `head_dim` that are values too; `num_kv_heads` is then the devices, each of which has all."""
+    chunk: int | None = None
+    """Tokens of a chunk that attention stays within."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from tpu_inference.kernels.ragged_paged_attention import storage_dtype
+from tpu_inference.layers.common.cache_scales import CacheScaleSource
 from tpu_inference.layers.common.heads import plan_heads
-from tpu_inference.layers.common.quantization import ScaleSource
+from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, ScalarSource
+from tpu_inference.layers.common.quantization import ScaleSource, has_nan_bytes, without_minus_zero
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, leaves, map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
-from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
+from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError, nan_problem
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 
 _STEPS = 2.0
@@ -37,14 +39,36 @@ def expected_tensors(specs: Any) -> dict[str, Source]:
     }
 
 
-def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, unread: Sequence[str] = ()) -> None:
+def _expected_of(checkpoint: Checkpoint, specs: Any) -> dict[str, Source]:
+    """`expected_tensors`, with the names that this checkpoint has scales of the KV cache by; those that it lacks are left out."""
+    expected: dict[str, Source] = {}
+    for name, source in expected_tensors(specs).items():
+        if isinstance(source, CacheScaleSource):
+            expected |= dict.fromkeys([other for other in source.names(name) if other in checkpoint.shapes], source)
+        else:
+            expected[name] = source
+    return expected
+
+
+def wrong_scales(name: str, scales: np.ndarray, *, of_cache: bool = False) -> str | None:
+    """What is wrong with them; None where nothing is."""
+    scales = scales.astype(np.float32)
+    if not np.isfinite(scales).all():
+        return f"not finite: {name} has NaN or infinite scales"
+    return f"not positive: {name}, a scale of the KV cache" if of_cache and not (scales > 0).all() else None
+
+
+def check_tensors(
+    checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, unread: Sequence[str] = (), others: Sequence[str] = ()
+) -> None:
     """Raises CheckpointError with every missing, left-over and mis-shaped tensor, and every scale that is no number.
 
     Args:
         tied_head: name of a head that is not read where it is tied to the embedding.
         unread: ends of names that a quantized checkpoint has and nothing reads.
+        others: beginnings of names of tensors that are for something else than text, or of layers that nothing reads.
     """
-    expected, found = expected_tensors(specs), checkpoint.shapes
+    expected, found = _expected_of(checkpoint, specs), checkpoint.shapes
     problems = [f"missing: {name} {list(source.shape)}" for name, source in expected.items() if name not in found]
     problems += [
         f"mis-shaped: {name} is {list(found[name])}, the config asks for {list(source.shape)}"
@@ -54,16 +78,18 @@ def check_tensors(checkpoint: Checkpoint, specs: Any, *, tied_head: str | None, 
     problems += [
         f"left over: {name} {list(shape)} is not read by this architecture"
         for name, shape in found.items()
-        if name not in expected and name != tied_head and not IGNORED.search(name) and not name.endswith(tuple(unread))
+        if name not in expected
+        and name != tied_head
+        and not (IGNORED.search(name) or name.endswith(tuple(unread)) or name.startswith(tuple(others)))
     ]
     problems += [
-        f"not finite: {name} has NaN or infinite scales"
+        problem
         for name, source in expected.items()
-        if isinstance(source, ScaleSource)
-        and name in found
-        and not np.isfinite(checkpoint.read(name).astype(np.float32)).all()
+        if isinstance(source, ScaleSource | Nvfp4ScaleSource | ScalarSource | CacheScaleSource) and name in found
+        if (problem := wrong_scales(name, checkpoint.read(name), of_cache=isinstance(source, CacheScaleSource)))
     ]
-    if problems:
+    if problems:  # only then: else values are looked at as they are loaded, and read once
+        problems += [nan_problem(name) for name in expected if name in found and has_nan_bytes(checkpoint.read(name))]
         raise CheckpointError(checkpoint.where, problems)
 
 
@@ -105,7 +131,7 @@ def load_weight(spec: WeightSpec, checkpoint: Checkpoint, mesh: Mesh) -> jax.Arr
             found = [s.start + i for s, i in zip(stacked, at, strict=True)]
             layer = spec.layer if spec.layers is None else spec.first_layer + found[0]
             _fill(out[at], spec, checkpoint, dict(layer=layer, expert=None if spec.experts is None else found[-1]), box)
-        return out
+        return without_minus_zero(out)
 
     abstract = spec.abstract(mesh)
     return jax.make_array_from_callback(spec.device_shape, abstract.sharding, shard)
@@ -125,7 +151,11 @@ def dummy_weight(spec: WeightSpec, mesh: Mesh, seed: int) -> jax.Array:
 
 
 def load_params(specs: Any, checkpoint: Checkpoint | None, mesh: Mesh, *, progress: bool = True) -> Any:
-    """The tree with every spec replaced by its array; random ones without a checkpoint."""
+    """The tree with every spec replaced by its array; random ones without a checkpoint.
+
+    Raises:
+        CheckpointError: quantized values that are no numbers, once all were read.
+    """
     bar = tqdm(total=len(leaves(specs)), desc="Loading weights", unit="array", disable=not progress)
     count = iter(range(len(leaves(specs))))
 
@@ -137,17 +167,24 @@ def load_params(specs: Any, checkpoint: Checkpoint | None, mesh: Mesh, *, progre
         return array
 
     with bar:
-        return map_specs(load, specs)
+        params = map_specs(load, specs)
+    if checkpoint is not None:
+        checkpoint.refuse_nans()
+    return params
 
 
 def model_functions(module: Decoder, params: Any, mesh: Mesh) -> ModelFunctions:
     """What the runner needs of `module` with `params` in place of its specs."""
     _, forward, logits = pure_functions(module)
     cfg = module.cfg
-    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, mesh.shape["model"])
+    shards, mla = mesh.shape["model"], cfg.mla
+    plan = plan_heads(cfg.num_heads, cfg.num_kv_heads, shards)
+    kind = (shards, mla.kv_rank + mla.rope_dim, mla.kv_rank) if mla else (plan.num_kv_slots, cfg.head_dim, None)
     layers = tuple(
-        AttentionLayer(f"model.layers.{i}.self_attn", window, plan.num_kv_slots, cfg.head_dim)
-        for i, window in enumerate(cfg.window_of_layer)
+        AttentionLayer(f"model.layers.{i}.self_attn", window, *kind, chunk)
+        for i, (window, chunk) in enumerate(
+            zip(cfg.window_of_layer, cfg.chunk_of_layer or [None] * cfg.num_layers, strict=True)
+        )
     )
     return ModelFunctions(
         params=params,
@@ -155,7 +192,7 @@ def model_functions(module: Decoder, params: Any, mesh: Mesh) -> ModelFunctions:
         logits=logits,
         layers=layers,
         platform=(device := mesh.devices.flat[0]).platform,
-        kv_dtype=storage_dtype(module.dtype, device),
+        kv_dtype=storage_dtype(module.kv_cache_dtype, device),
         flat_kv=module.scans,
         vocab_size=cfg.vocab_size,
         hidden=jax.ShapeDtypeStruct((1, cfg.hidden_size), module.dtype),

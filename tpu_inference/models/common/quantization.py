@@ -5,8 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from tpu_inference import compat
+from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.nvfp4 import GROUP
 from tpu_inference.layers.common.quantization import Quantization, Scheme
+from tpu_inference.models.common.quantization_rules import Rules, read_rules
 
 MXFP4 = "gpt_oss_mxfp4"
 """vLLM's name of gpt-oss's checkpoints, whose experts alone are quantized."""
@@ -15,6 +18,7 @@ SERVED = (
     "compressed-tensors",
     "auto_awq",
     "auto_gptq",
+    "modelopt_fp4",
     "mxfp4",
     MXFP4,
     "fp8_per_channel",
@@ -24,11 +28,23 @@ SERVED = (
 """vLLM's names: the last three are asked for with --quantization and rounded at load, the others are of checkpoints."""
 TABLE = (
     "fp8 checkpoints with a scale a tensor or a block; compressed-tensors of int8 (W8A8, W8A16), fp8 (W8A8, W8A16) and "
-    "int4 (W4A16); AWQ of 4 bits with zero points; GPTQ of 4 and 8 bits, symmetric and without desc_act; MXFP4 of gpt-oss's experts; "
+    "int4 (W4A16); AWQ of 4 bits with zero points; GPTQ of 4 and 8 bits, symmetric and without desc_act; NVFP4 of compressed-tensors and ModelOpt; "
+    "MXFP4 of gpt-oss's experts; "
     "and at load --quantization fp8_per_channel, int8_per_channel_weight_only (of experts), or online with --quantization-config "
-    """'{"linear": "int8_per_channel_static"}', "moe" for experts, or "fp8_per_channel_static"; experts by JAX classes alone"""
+    """'{"linear": "int8_per_channel_static"}', "moe" for experts, or "fp8_per_channel_static", or additional_config {"quantization": RULES}"""
 )
-_UNREAD = (".input_scale", ".k_scale", ".v_scale", ".weight_shape", ".g_idx", ".qzeros")
+_UNREAD = (
+    ".input_scale",
+    ".input_global_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+    ".kv_scale",
+    ".prob_scale",
+    ".weight_shape",
+    ".g_idx",
+    ".qzeros",
+)
 _FP8 = "float8_e4m3fn"
 
 
@@ -46,6 +62,12 @@ def quantization_of(vllm_config: Any) -> Quantization | None:
         QuantizationError: a scheme that is not served, with those that are.
     """
     config = vllm_config.quant_config
+    if rules := TpuConfig.from_vllm(vllm_config).quantization:
+        if config is not None:
+            raise QuantizationError(
+                f"additional_config quantization={rules!r} with the quantization {config.get_name()!r}"
+            )
+        return Quantization(read_rules(rules), vllm_config.model_config.hf_text_config.num_hidden_layers)
     if config is None:
         return None
     name = config.get_name()
@@ -56,6 +78,12 @@ def quantization_of(vllm_config: Any) -> Quantization | None:
         alone = config.args.linear is None
         return Quantization(read(config), layers, scheme_of_experts=read(config, experts=True), experts_alone=alone)
     return Quantization(read(config), layers, _UNREAD, "mxfp4" if name == MXFP4 else None)
+
+
+def refuse_rules_without_effect(quantization: Quantization | None) -> None:
+    """Once the model was built. Raises ConfigError."""
+    if quantization is not None and isinstance(quantization.scheme_of, Rules):
+        quantization.scheme_of.refuse_if_without_effect()
 
 
 def _fp8(config: Any) -> Callable[[str], Scheme | None]:
@@ -105,6 +133,11 @@ _BLOCKS: dict[str, Callable[[Any], tuple[int | None, int | None]]] = {
 
 def _compressed_scheme(weights: Any, activations: Any, layout: str) -> Scheme:
     kind, strategy = f"{weights.type}{weights.num_bits}", str(weights.strategy)
+    if layout == "nvfp4-pack-quantized" and (kind, strategy, weights.group_size) == ("float4", "tensor_group", GROUP):
+        return Scheme(
+            "int8", (1, GROUP), packed=4, layout="nvfp4", values_name="weight_packed",
+            tensor_scale_name="weight_global_scale", divides=True,
+        )  # fmt: skip
     what = f"compressed-tensors {layout} of {kind} by {strategy}"
     dtype = {"int8": "int8", "int4": "int8", "float8": _FP8}.get(kind)
     packed = layout == "pack-quantized"
@@ -153,6 +186,13 @@ def _gptq(config: Any) -> Callable[[str], Scheme | None]:
     return lambda layer: None if compat.gptq_skips(config, layer) else scheme
 
 
+def _nvfp4(config: Any) -> Callable[[str], Scheme | None]:
+    if not config.is_checkpoint_nvfp4_serialized or config.group_size != GROUP:
+        raise QuantizationError(f"ModelOpt {config.quant_method} in groups of {getattr(config, 'group_size', None)}")
+    scheme = Scheme("int8", (1, GROUP), packed=4, layout="nvfp4", tensor_scale_name="weight_scale_2")
+    return lambda layer: None if compat.modelopt_skips(config, layer) else scheme
+
+
 def _group(config: Any) -> tuple[int, int | None]:
     return 1, None if config.group_size == -1 else config.group_size
 
@@ -163,5 +203,6 @@ _READERS: dict[str, Callable[[Any], Callable[[str], Scheme | None]]] = {
     "auto_awq": _awq,
     "auto_gptq": _gptq,
     "online": _online,
+    "modelopt_fp4": _nvfp4,
     "compressed-tensors": _compressed_tensors,
 }

@@ -16,7 +16,6 @@ REFUSED: dict[str, str] = {
     "HYV4ForCausalLM": _OWN_KERNELS,
     "InklingForCausalLM": _OWN_KERNELS,
     "KimiLinearForCausalLM": _LINEAR,
-    "Llama4ForCausalLM": "its attention in local chunks is not served",
     "MiniMaxM3SparseForCausalLM": _SPARSE,
     "OlmoHybridForCausalLM": _LINEAR,
     "Qwen3NextForCausalLM": _LINEAR,

@@ -22,7 +22,16 @@ _MODELS: dict[str, str] = {
     "Qwen2MoeForCausalLM": f"{_HERE}.qwen_moe:Qwen2MoeForCausalLM",
     "Qwen3MoeForCausalLM": f"{_HERE}.qwen_moe:Qwen3MoeForCausalLM",
     "GptOssForCausalLM": f"{_HERE}.gpt_oss:GptOssForCausalLM",
+    "Llama4ForCausalLM": f"{_HERE}.llama4:Llama4ForCausalLM",
+    "Llama4ForConditionalGeneration": f"{_HERE}.llama4:Llama4ForConditionalGeneration",
+    "DeepseekV2ForCausalLM": f"{_HERE}.deepseek:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": f"{_HERE}.deepseek:DeepseekV3ForCausalLM",
 }
+_OF_LATENTS = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+"""Those of `_MODELS` that VLLM_MLA_DISABLE leaves to vLLM's classes."""
+
+TEXT_ONLY = ("Llama4ForConditionalGeneration",)
+"""Architectures of `_MODELS` that take images too, and are served without."""
 
 Kind = Literal["flax_nnx", "vllm"]
 
@@ -37,16 +46,24 @@ class Implementation:
     why: str
 
 
-def choose_implementation(architectures: list[str] | None, wanted: str) -> Implementation:
+def choose_implementation(architectures: list[str] | None, wanted: str, *, latents: bool = True) -> Implementation:
     """What serves a checkpoint of these `architectures`.
 
     Args:
         wanted: "flax_nnx" or "vllm"; "auto" takes a JAX class where there is one, and vLLM's class otherwise.
+        latents: whether latent attention may be served as such: not with VLLM_MLA_DISABLE=1, which vLLM's classes put up into whole heads.
 
     Raises:
         TpuInferenceError: there is none, or it is known not to work (`refused.REFUSED`).
     """
     ours = next((name for name in architectures or () if name in _MODELS), None)
+    if ours in _OF_LATENTS and not latents:
+        if wanted == "flax_nnx":
+            raise TpuInferenceError(
+                f"VLLM_MLA_DISABLE=1 asks for attention over whole heads, which the JAX class of {ours} has not: "
+                "unset it, or unset MODEL_IMPL_TYPE for vLLM's PyTorch class."
+            )
+        return Implementation("vllm", ours, "VLLM_MLA_DISABLE=1 asks for attention over whole heads")
     if wanted == "flax_nnx" or (wanted == "auto" and ours) or not architectures:
         asked = "MODEL_IMPL_TYPE=flax_nnx" if wanted == "flax_nnx" else "there is a JAX class for it"
         return Implementation("flax_nnx", ours or find_architecture(architectures), asked)
@@ -74,6 +91,12 @@ def register_model(architecture: str, target: str) -> None:
         raise ValueError(f"target={target!r} must be 'package.module:Class'")
     _MODELS[architecture] = target
     declare_architecture(architecture)
+
+
+def declare_text_only() -> None:
+    """Tell vLLM that the architectures of `TEXT_ONLY` take text: it refuses requests with images, and asks for no processor of them."""
+    for architecture in TEXT_ONLY:
+        declare_architecture(architecture, replace=True)
 
 
 def find_architecture(architectures: list[str] | None) -> str:

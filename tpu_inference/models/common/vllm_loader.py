@@ -16,13 +16,15 @@ from tpu_inference.compat import require_safetensors, weight_files
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.cache_scales import CacheScaleSource
 from tpu_inference.layers.common.weights import map_specs
 from tpu_inference.layers.jax.decoder import Decoder, pure_functions
 from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.interface import ModelFunctions
-from tpu_inference.models.common.loader import check_tensors, load_params, model_functions
-from tpu_inference.models.common.quantization import QuantizationError, quantization_of
+from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype, refused_scheme, warn_of_missing_scales
+from tpu_inference.models.common.loader import check_tensors, expected_tensors, load_params, model_functions
+from tpu_inference.models.common.quantization import QuantizationError, quantization_of, refuse_rules_without_effect
 from tpu_inference.models.common.registry import Implementation, choose_implementation, model_class
 
 logger = init_logger(__name__)
@@ -39,7 +41,8 @@ def implementation(vllm_config: VllmConfig) -> Implementation:
     """What serves the model of `vllm_config`: as `--model-impl` says, else as MODEL_IMPL_TYPE does."""
     config = vllm_config.model_config
     flag = str(getattr(config.model_impl, "value", config.model_impl))
-    return choose_implementation(config.architectures, envs.MODEL_IMPL_TYPE if flag == "auto" else flag)
+    wanted = envs.MODEL_IMPL_TYPE if flag == "auto" else flag
+    return choose_implementation(config.architectures, wanted, latents=not envs.VLLM_MLA_DISABLE)
 
 
 def refuse_quantization(vllm_config: VllmConfig) -> None:
@@ -47,6 +50,8 @@ def refuse_quantization(vllm_config: VllmConfig) -> None:
     quantization = quantization_of(vllm_config)
     if quantization is None:
         return
+    if quantized_cache_dtype(vllm_config) and (refused := refused_scheme(vllm_config.quant_config)):
+        raise QuantizationError(refused)
     if quantization.experts and implementation(vllm_config).kind == "vllm":
         raise QuantizationError(f"{quantization.experts.upper()} of experts in vLLM's PyTorch class")
     if quantization.experts_alone and not vllm_config.model_config.is_moe:
@@ -67,8 +72,11 @@ def build_model(vllm_config: VllmConfig, mesh: Mesh) -> Decoder:
         TpuConfig.from_vllm(vllm_config).scan_layers,
         quantization_of(vllm_config),
         vllm_config.parallel_config.enable_expert_parallel,
+        quantized_cache_dtype(vllm_config),
     )
-    return model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
+    model = model_class(implementation(vllm_config).architecture)(model_config.hf_text_config, ctx)
+    refuse_rules_without_effect(ctx.quantization)
+    return model
 
 
 def load_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool = False) -> ModelFunctions:
@@ -112,15 +120,20 @@ def _load_jax_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
 
 def _checked_checkpoint(vllm_config: VllmConfig, module: Decoder) -> Checkpoint:
     """The checkpoint, which has what `module` reads and nothing else; CheckpointError where it does not."""
-    checkpoint, names = _checkpoint(vllm_config), module.cfg.names
+    checkpoint, cfg, names = _checkpoint(vllm_config), module.cfg, module.cfg.names
     specs, _, _ = pure_functions(module)
     quantization = quantization_of(vllm_config)
     check_tensors(
         checkpoint,
         specs,
-        tied_head=f"{names.lm_head}.weight" if module.cfg.tie_embeddings else None,
+        tied_head=f"{names.lm_head}.weight" if cfg.tie_embeddings else None,
         unread=quantization.unread if quantization else (),
+        others=[*names.unread, *(f"{names.layer.format(layer=cfg.num_layers + i)}." for i in range(cfg.layers_unread))],
     )
+    if quantized_cache_dtype(vllm_config):
+        sources = expected_tensors(specs).items()
+        scales = [source.names(name) for name, source in sources if isinstance(source, CacheScaleSource)]
+        warn_of_missing_scales(sum(not any(name in checkpoint.shapes for name in names) for names in scales))
     return checkpoint
 
 

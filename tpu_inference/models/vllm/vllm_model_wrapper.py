@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tpu_inference.compat import as_loader_looks_for, import_torchax, start_torch_alone
+from tpu_inference.compat import as_loader_looks_for, import_torchax, latents_put_up, start_torch_alone
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape, storage_dtype
@@ -39,7 +39,8 @@ from tpu_inference.layers.vllm.quantization import SCALES, TpuQuantizationConfig
 from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
-from tpu_inference.models.common.quantization import QuantizationError, quantization_of
+from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype, warn_of_missing_scales
+from tpu_inference.models.common.quantization import QuantizationError, quantization_of, refuse_rules_without_effect
 from tpu_inference.models.vllm.exchange import Places
 from tpu_inference.models.vllm.explain import explain
 from tpu_inference.models.vllm.quantized_weights import HeldForm
@@ -47,7 +48,8 @@ from tpu_inference.models.vllm.repeat import Repeat, find_repeats
 from tpu_inference.models.vllm.weights import DeviceState, State, register_loose_tensors
 
 logger = init_logger(__name__)
-SCALES_NAMES = re.compile(rf"\.{SCALES}({DIVIDED}|{WHOLE})?$")
+CACHE_SCALES_NAMES = re.compile(r"\.[kv]_scale$")
+SCALES_NAMES = re.compile(rf"[._]{SCALES}({DIVIDED}|{WHOLE})?$")
 
 
 class TracedModule:
@@ -130,7 +132,7 @@ class TracedModule:
             logits=self.logits,
             layers=self.layers,
             platform=device.platform,
-            kv_dtype=storage_dtype(hidden.dtype, device),
+            kv_dtype=storage_dtype(quantized_cache_dtype(self._vllm_config) or hidden.dtype, device),
             flat_kv=bool(self._repeats),
             vocab_size=jax.eval_shape(self.logits, state, hidden).shape[-1],
             hidden=hidden,
@@ -155,10 +157,11 @@ class TracedModule:
     def _smallest_step(self) -> tuple[KVCache, jax.ShapeDtypeStruct, AttentionMetadata]:
         int32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
         first, count = self.layers[0], len(self.layers)
-        platform = self._mesh.devices.flat[0].platform
+        device = self._mesh.devices.flat[0]
         size = self._vllm_config.cache_config.block_size
-        shape = kv_pages_shape(count, size, first.num_kv_heads, first.head_dim, platform)
-        pages = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=named_sharding(self._mesh, KV_PAGES_AXES))
+        shape = kv_pages_shape(count, size, first.num_kv_heads, first.head_dim, device.platform)
+        dtype = storage_dtype(quantized_cache_dtype(self._vllm_config) or jnp.float32, device)
+        pages = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(self._mesh, KV_PAGES_AXES))
         layout = KVCacheLayout(tuple(range(count)), (0,) * count, 1, True)
         return KVCache((pages,), layout), int32(8), AttentionMetadata(int32(8), int32(3), int32(2), int32(1, 2, 1))
 
@@ -176,11 +179,17 @@ def _undivided(vllm_config: VllmConfig) -> VllmConfig:
     alone.parallel_config.enable_expert_parallel = False
     alone.device_config = copy.copy(vllm_config.device_config)
     alone.device_config.device = torch.device("cpu")  # where the module is built; vLLM has None for TPU
-    if vllm_config.quant_config is not None:
+    if quantization_of(vllm_config) is not None:
         # Names are those of vLLM's modules there, and of the checkpoint in the configuration as it is.
         asked = copy.copy(alone)
         asked.quant_config = copy.deepcopy(vllm_config.quant_config)
-        alone.quant_config = TpuQuantizationConfig(quantization_of(asked), asked.quant_config.apply_vllm_mapper)
+        alone.quant_config = TpuQuantizationConfig(
+            quantization_of(asked),
+            asked.quant_config.apply_vllm_mapper if asked.quant_config else lambda mapper: None,
+            shards=vllm_config.parallel_config.tensor_parallel_size,
+            expert_parallel=vllm_config.parallel_config.enable_expert_parallel,
+            cache_scales=quantized_cache_dtype(vllm_config) is not None,
+        )
     return alone
 
 
@@ -193,12 +202,14 @@ def build(vllm_config: VllmConfig, mesh: Mesh, expert_parallel: bool = False) ->
         mesh, _jax_dtype(model_config), model_config.max_model_len, scan_layers, expert_parallel=expert_parallel
     )
     vllm_config.compilation_config.static_forward_context.clear()
-    with set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
+    with set_default_torch_dtype(model_config.dtype), torch.device("cpu"), latents_put_up():
         model = initialize_model(vllm_config).eval().requires_grad_(False)
     lowerings.register()
     for layer in _attention_layers(vllm_config).values():
         if layer.impl.sinks is not None:
             layer.register_parameter("sinks_of_impl", layer.impl.sinks)
+    if isinstance(vllm_config.quant_config, TpuQuantizationConfig):
+        refuse_rules_without_effect(vllm_config.quant_config.quantization)
     use_shells(model, mesh, ctx.accumulate_dtype)
     use_expert_shells(model, mesh, ctx.accumulate_dtype, expert_parallel=ctx.expert_parallel)
     register_loose_tensors(model)
@@ -214,6 +225,8 @@ def random_array(name: str, array: jax.ShapeDtypeStruct) -> jax.Array:
     seed = sum(map(ord, name))
 
     def make() -> jax.Array:
+        if CACHE_SCALES_NAMES.search(name):
+            return jnp.ones(array.shape, array.dtype)
         if SCALES_NAMES.search(name):
             return jnp.full(array.shape, 0.01, array.dtype)
         if array.dtype.itemsize == 1 and array.dtype != bool:  # values, which those scales make 0.02 of
@@ -238,15 +251,18 @@ def load_vllm_model(vllm_config: VllmConfig, mesh: Mesh, *, dummy: bool) -> Mode
     sharded = vllm_config.load_config.load_format == "sharded_state"
     if sharded:
         _check_is_of_one_rank(vllm_config.model_config)
-        if vllm_config.quant_config is not None:
+        if quantization_of(vllm_config) is not None:
             raise QuantizationError("A sharded state of a quantized model")
     state.stream()
     quantization = quantization_of(vllm_config)
-    held = None if quantization is None else HeldForm(quantization)
+    quantized_cache = quantized_cache_dtype(vllm_config) is not None
+    held = None if quantization is None else HeldForm(quantization, cache_scales=quantized_cache)
     with set_current_vllm_config(vllm_config), _names_loaded(traced.model, held) as loaded:
         get_model_loader(vllm_config.load_config).load_weights(traced.model, vllm_config.model_config)
     if not sharded:  # there vLLM's loader asks the module for its names itself, and misses none
         state.check(vllm_config.model_config.model, loaded, held.problems() if held else ())
+    if quantized_cache:
+        warn_of_missing_scales(2 * len(traced.layers) - len(held.cache_scales if held else ()))
     return traced.functions(state.finish())
 
 

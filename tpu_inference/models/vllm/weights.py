@@ -20,9 +20,10 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from tpu_inference.layers.common.quantization import without_minus_zero
 from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
 from tpu_inference.layers.vllm.placement import Placement, placements
-from tpu_inference.layers.vllm.quantization import to_numpy
+from tpu_inference.layers.vllm.rounding import CHECKPOINT_NUMEL, to_numpy
 from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.vllm.repeat import Repeat
 
@@ -52,11 +53,11 @@ class OwnedParameter:
 
     @property
     def expected_numel(self) -> int:
-        """How many numbers checkpoints hold of it: padding of the vocabulary is not among them."""
+        """How many numbers checkpoints hold of it: padding of the vocabulary, and scales that are repeated, are not among them."""
         layer = self.owner
         if isinstance(layer, VocabParallelEmbedding) and self.shape[0] == layer.num_embeddings_padded:
             return layer.num_embeddings * self.shape[1:].numel()
-        return self.shape.numel()
+        return getattr(self.tensor, CHECKPOINT_NUMEL, self.shape.numel())
 
 
 def _owned_parameters(model: torch.nn.Module, shards: int) -> list[OwnedParameter]:
@@ -142,7 +143,7 @@ class DeviceState:
 
     def _put(self, name: str, array: np.ndarray, axes: tuple[str | None, ...]) -> None:
         array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
-        on_device = jax.device_put(array, named_sharding(self._mesh, axes))
+        on_device = jax.device_put(without_minus_zero(array), named_sharding(self._mesh, axes))
         if name in self._in_stack:
             stack, index = self._in_stack[name]
             if stack not in self._state:

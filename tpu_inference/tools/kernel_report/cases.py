@@ -9,10 +9,17 @@ from typing import Any, Protocol
 
 import tpu_inference.kernels
 from tpu_inference.errors import ConfigError
+from tpu_inference.kernels.forms import implementation_for
 from tpu_inference.tools.schedule import TOPOLOGIES
 
 CHIPS = ("v6e", "v5e", "tpu7x")
 """Reported where no chip is named."""
+
+
+TOPOLOGIES_OF_EIGHT = {
+    "v4": "v4:2x2x2", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1",
+}  # fmt: skip
+"""The smallest with eight devices, for ops of several."""
 
 
 class Shape(Protocol):
@@ -78,9 +85,28 @@ def lower(shape: Shape, device: Any, config: Any = None) -> Any:
     import jax
     from jax.sharding import SingleDeviceSharding
 
+    if getattr(shape, "devices", 1) > 1:
+        return _lower_for_many(shape, device, config)
     sharding = SingleDeviceSharding(device)
     function = shape.function(device, config)
     jitted = jax.jit(function, in_shardings=sharding, out_shardings=sharding, donate_argnums=shape.donated)
+    return jitted.lower(*shape.arguments(device))
+
+
+def _lower_for_many(shape: Any, device: Any, config: Any) -> Any:
+    """The same of an op that the devices of a mesh axis run together, with the shape's `specs` of arguments and result."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding
+
+    chip = implementation_for(device).chip
+    found = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES_OF_EIGHT[chip]).devices
+    mesh = jax.sharding.Mesh(np.array(found[: shape.devices]), ("model",))
+    ins, outs = shape.specs()
+    function = jax.shard_map(shape.function(device, config), mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+    shardings = [NamedSharding(mesh, spec) for spec in ins]
+    jitted = jax.jit(function, in_shardings=shardings, donate_argnums=shape.donated)
     return jitted.lower(*shape.arguments(device))
 
 

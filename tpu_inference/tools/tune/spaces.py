@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tpu_inference.kernels.collectives import config as collectives
 from tpu_inference.kernels.flash_attention import config as flash
 from tpu_inference.kernels.grouped_matmul import config as grouped
 from tpu_inference.kernels.mla import config as mla
@@ -77,8 +78,15 @@ def _mla_axes(key: mla.ShapeKey) -> Axes:
     return {"pages_per_item": pages, "slots": (3, 4, 5, 6), "piece": (256, 512, 1024)}
 
 
-def _mla_fits(key: mla.ShapeKey, fields: paged.DecodeConfig) -> bool:
+def _mla_fits(key: mla.ShapeKey, fields: mla.DecodeConfig) -> bool:
     return fields.slots * fields.pages_per_item * key.page_size * key.token_bytes <= paged.VMEM_BYTES
+
+
+def _mla_of(shape: Any, fields: mla.DecodeConfig) -> mla.DecodeConfig:
+    """A piece that does not divide an item is all of it."""
+    fields = fields.within(shape.table_width, shape.page_size)
+    tokens = fields.pages_per_item * shape.page_size
+    return replace(fields, piece=tokens if tokens % fields.piece else fields.piece)
 
 
 # Flash attention.
@@ -121,6 +129,24 @@ def _quantized_axes(key: quantized.ShapeKey) -> Axes:
     return {"block_out": [n for n in POWERS if quantized.LANES <= n <= key.out], "slots": (2, 3, 4, 6, 8)}
 
 
+# Products over devices. What they send each other takes no time here, so that how many shares a pass has, which hides that, is not searched.
+
+
+def _gather_axes(key: collectives.ShapeKey) -> Axes:
+    outs = [n for n in range(128, min(key.out, 2048) + 1, 128) if key.out % n == 0]
+    return {"block_out": outs, "slots": (2, 3, 4, 8)}
+
+
+def _gather_fits(key: collectives.ShapeKey, fields: collectives.GatherConfig) -> bool:
+    enough = fields.slots <= key.out // fields.block_out
+    return enough and key.gather_bytes(fields) <= max(collectives.VMEM_BYTES.values())
+
+
+def _scatter_axes(key: collectives.ShapeKey) -> Axes:
+    rows = [n for n in range(key.rows, 0, -16) if key.rows % n == 0]
+    return {"block_rows": rows, "block_out": [n for n in (256, 512, 1024) if key.out % n == 0]}
+
+
 PARTS: tuple[Part, ...] = (
     Part(
         paged.OP, "decode", _decode_axes, _decode_fits,
@@ -137,8 +163,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         mla.OP, "decode", _mla_axes, _mla_fits,
         lambda shape: all(new == 1 for _, new in shape.rows),
-        _decode_of,
-        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill, 1),
+        _mla_of,
+        lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill),
     ),
     Part(flash.OP, flash.PART, _flash_axes, _flash_fits, lambda shape: True, lambda shape, fields: fields),
     Part(
@@ -152,6 +178,19 @@ PARTS: tuple[Part, ...] = (
         lambda key, fields: key.vmem_bytes(fields.within(key.out)) <= quantized.MOST_VMEM_BYTES,
         lambda shape: shape.few,
         lambda shape, fields: fields.within(shape.out),
+    ),
+    Part(
+        collectives.OP, collectives.GATHER, _gather_axes, _gather_fits,
+        lambda shape: shape.part == collectives.GATHER,
+        lambda shape, fields: fields,
+        lambda config: config.gather,
+    ),
+    Part(
+        collectives.OP, collectives.SCATTER, _scatter_axes,
+        lambda key, fields: key.reduce_scatter_bytes(fields) <= max(collectives.VMEM_BYTES.values()),
+        lambda shape: shape.part == collectives.SCATTER,
+        lambda shape, fields: fields,
+        lambda config: config.scatter,
     ),
 )  # fmt: skip
 
