@@ -108,7 +108,7 @@ def test_kernel_rounds_rows(chip):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("columns", "groups"), [(256, 1), (256, 2), (4096, 128)])
+@pytest.mark.parametrize(("columns", "groups"), [(256, 1), (256, 2), (256, 8), (4096, 128)])
 def test_kernel_reads_one_of_several_layers(columns, groups):
     arguments = case(8, 128, columns, groups, "float8_e4m3fn")
     x, values, scales = arguments

@@ -15,6 +15,7 @@ from tpu_inference.kernels.flash_attention import config as flash
 from tpu_inference.kernels.forms import chip_of, implementation_for
 from tpu_inference.kernels.grouped_matmul import config as grouped
 from tpu_inference.kernels.mla import config as mla
+from tpu_inference.kernels.quantized_matmul import config as quantized
 from tpu_inference.kernels.ragged_paged_attention import config as paged
 from tpu_inference.kernels.ragged_paged_attention.shapes import SHAPES
 from tpu_inference.tools.kernel_report.store import PAGE
@@ -159,6 +160,8 @@ def test_axes_are_parameters_with_possible_values(part):
         key = grouped.ShapeKey(8, 1536, 2048, "bfloat16", "bfloat16")
     elif part.op == mla.OP:
         key = mla.ShapeKey(16, 512, 64, 128, "bfloat16", "bfloat16")
+    elif part.op == quantized.OP:
+        key = quantized.ShapeKey(64, 3584, 4096, "int8")
     elif part.op == collectives.OP:
         key = collectives.ShapeKey(8, 256, 4096, 4096, "bfloat16")
     else:
@@ -175,7 +178,7 @@ def test_axes_are_parameters_with_possible_values(part):
     [
         (
             ["--op", "nothing", "--all"],
-            "op 'nothing' is not known; known are: collectives, flash_attention, grouped_matmul, mla, ragged",
+            "op 'nothing' is not known; known are: collectives, flash_attention, grouped_matmul, mla, quantized_matmul, ragged",
         ),
         (["--op", paged.OP, "--all", "--part", "x"], "'x' is not known; known are: decode, prefill"),
         (["--op", paged.OP, "--all", "--chip", "v1"], "chip 'v1' is not known; known are: v4, "),
