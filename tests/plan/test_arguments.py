@@ -33,6 +33,12 @@ def test_experts_are_divided_when_asked_for_only():
     assert parse(["--model", "m", *SLICE, "--enable-expert-parallel"]).engine == {"enable_expert_parallel": True}
 
 
+def test_rounding_at_load_is_asked_for_as_of_a_server():
+    rules = {"linear": "int8_per_channel_static"}
+    asked = parse(["--model", "m", *SLICE, "-q", "online", "--quantization-config", json.dumps(rules)])
+    assert asked.engine == {"quantization": "online", "quantization_config": rules}
+
+
 def test_slices_to_compare_are_taken_once_and_prices_by_chip():
     question = parse(
         ["--model", "m", "--compare", "v5e:2x4", "v6e:2x2", "v5e:2x4", "--price", "v6e=2.7", "v5litepod=1"]

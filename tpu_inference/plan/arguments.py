@@ -18,6 +18,8 @@ ENGINE_OPTIONS = (
     "max_num_batched_tokens",
     "dtype",
     "kv_cache_dtype",
+    "quantization",
+    "quantization_config",
     "gpu_memory_utilization",
     "block_size",
     "additional_config",
@@ -107,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-num-batched-tokens", type=_positive, help="most tokens in a step (default: the server's for the chip)")
     add("--dtype", help="of weights and activations: bfloat16 or float32 (default: the checkpoint's)")
     add("--kv-cache-dtype", help="of the KV cache (default: that of the model)")
+    add("--quantization", "-q", help="of weights rounded at load (default: the checkpoint's)")
+    add("--quantization-config", type=_object, help='the server\'s, as in \'{"linear": "int8_per_channel_static"}\'')
     add(
         "--gpu-memory-utilization", type=_share, help="share of the HBM that the engine may use (default: the server's)"
     )

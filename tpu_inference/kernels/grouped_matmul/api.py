@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Implementation, chip_of
@@ -48,26 +49,32 @@ def grouped_matmul(
     _check(x, weights.swapaxes(1, 2) if transposed else weights, group_sizes, scales)
     if implementation not in (*_PLAIN, *_INTERPRET):
         raise ValueError(f"implementation={implementation!r} is none of {sorted((*_PLAIN, *_INTERPRET))}")
+    out, blocks = weights.shape[2 if transposed else 1], False
     if scales is not None:
-        scales = jax.lax.dynamic_slice_in_dim(scales, first_group, len(group_sizes))
-        scales = _by_output(scales.astype(jnp.float32), weights.shape[2 if transposed else 1])
+        scales = jax.lax.dynamic_slice_in_dim(scales, first_group, len(group_sizes)).astype(jnp.float32)
+        blocks = implementation in _INTERPRET and scales.shape[2] > 1 and out // scales.shape[1] % LANES == 0
+        scales = jnp.repeat(scales, out // scales.shape[1] // LANES, axis=1) if blocks else _by_output(scales, out)
     if implementation in _PLAIN:
         weights = weights.swapaxes(1, 2) if transposed else weights
         return _PLAIN[implementation](x, weights, group_sizes, scales, first_group)
-    if scales is not None and scales.shape[1] > 1 and x.shape[1] // scales.shape[1] % 128:
-        raise ValueError(
-            f"scales of {x.shape[1] // scales.shape[1]} columns are not served by the kernel: 128 or a multiple"
-        )
+    groups = 1 if scales is None else scales.shape[2 if blocks else 1]
+    if groups > 1 and x.shape[1] // groups % LANES:
+        raise ValueError(f"scales of {x.shape[1] // groups} columns are not served by the kernel: 128 or a multiple")
     key = ShapeKey.of(x, weights, len(group_sizes), transposed=transposed)
     return grouped_matmul_pallas(
         x, weights, group_sizes, scales, first_group,
-        transposed=transposed, config=config or config_for(key, chip_of(implementation)), interpret=_INTERPRET[implementation],
+        transposed=transposed, blocks=blocks, config=config or config_for(key, chip_of(implementation)), interpret=_INTERPRET[implementation],
     )  # fmt: skip
 
 
 def lies_transposed(out: int, columns: int) -> bool:
-    """Whether an array [..., out, columns] lies on TPU as [..., columns, out]: the last dimension is padded to lanes, where the one before is not."""
-    return columns % LANES != 0 and out % LANES == 0
+    """Whether an array [..., out, columns] lies on TPU as [..., columns, out]: where that takes less padding, of the last dimension to lanes and of
+    the one before to tiles of eight rows."""
+
+    def padded(rows: int, lanes: int) -> int:
+        return pl.cdiv(rows, 8) * 8 * pl.cdiv(lanes, LANES) * LANES
+
+    return padded(columns, out) < padded(out, columns)
 
 
 def _by_output(scales: jax.Array, out: int) -> jax.Array:

@@ -18,6 +18,11 @@ LEAST_VMEM_BYTES = 11 * MIB
 BLOCK_ROWS = 256
 """Rows that go through the matrix units with one load of a weight: fewer leave them waiting for weights, more are wasted on groups of few rows."""
 
+FEW_ROWS = 128
+"""The same where each group has few, and weights of a byte arrive twice as fast as the matrix units would be done with more."""
+FEWEST_FETCHES = 24
+"""Of weights of a byte: nothing hides the first."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -28,12 +33,15 @@ class Config:
     slots: int = 3
     """Weights in VMEM: one is multiplied by while the others are in flight."""
 
-    def within(self, rows: int, out: int, dtype: Any) -> "Config":
-        """The same for `rows` rows and `out` outputs: blocks of whole tiles, and no more of them than there are."""
-        tile = 32 // jnp.dtype(dtype).itemsize
+    def within(self, key: "ShapeKey", rows: int) -> "Config":
+        """The same for `rows` rows of a layer: blocks of whole tiles, and no more of them than there are."""
+        tile = 32 // jnp.dtype(key.dtype).itemsize
         # What is not whole tiles of any dtype is not cut.
-        block_out = out if out % 32 else min(self.block_out, out)
-        return replace(self, block_rows=min(self.block_rows, -(-rows // tile) * tile), block_out=block_out)
+        block_out = key.out if key.out % 32 else min(self.block_out, key.out)
+        most = self.block_rows
+        if key.quantized and rows <= FEW_ROWS * key.num_groups:
+            most = min(most, FEW_ROWS)
+        return replace(self, block_rows=min(most, -(-rows // tile) * tile), block_out=block_out)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,10 @@ class ShapeKey:
         out, columns = weights.shape[:0:-1] if transposed else weights.shape[1:]
         groups = num_groups or weights.shape[0]
         return cls(groups, out, columns, jnp.dtype(x.dtype).name, jnp.dtype(weights.dtype).name)
+
+    @property
+    def quantized(self) -> bool:
+        return self.weight_dtype != self.dtype
 
     def __str__(self) -> str:
         """As in tuned tables."""
@@ -75,7 +87,8 @@ def even(length: int, blocks: int) -> int:
 def heuristic(key: ShapeKey, chip: str | None) -> Config:
     """As many outputs a block as VMEM holds: rows are read once for each. `chip` is a name of a tuned table, None for any."""
     budget = VMEM_BYTES.get(chip, LEAST_VMEM_BYTES)
-    for blocks in range(1, -(-key.out // LANES) + 1):
+    fewest = -(-FEWEST_FETCHES // key.num_groups) if key.quantized else 1
+    for blocks in range(fewest, -(-key.out // LANES) + 1):
         config = Config(BLOCK_ROWS, even(key.out, blocks))
         if key.vmem_bytes(config) <= budget:
             return config

@@ -5,9 +5,10 @@ Neighbouring pairs share a weight or a block of rows, and only what changes is f
 those of empty groups never. Weights are fetched by the kernel itself, a few groups ahead: a group of many blocks keeps none waiting.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,17 @@ from tpu_inference.kernels.grouped_matmul.config import LANES, MIB, Config, Shap
 from tpu_inference.kernels.grouped_matmul.units import Units, num_units, units
 
 NAME = "grouped_matmul"
+ScalesIn = Literal["outputs", "blocks"] | None
+CHUNK = 1024
+"""Columns of weights that are multiplied out at a time; whole groups."""
 SPARE_VMEM_BYTES = 4 * MIB
 """For what the compiler keeps beside the blocks."""
 
 
-def _body(*refs: Any, num_scales: int, blocked: "_Blocked", per_group: int) -> None:
+def _body(*refs: Any, scales_in: ScalesIn, blocked: "_Blocked", per_group: int) -> None:
     """One pair of one block of outputs."""
     scalars = Units(*refs[: len(Units._fields)])
-    x, weights, *scales = refs[len(Units._fields) : len(Units._fields) + 2 + num_scales]
+    x, weights, *scales = refs[len(Units._fields) : -3]
     out, buffers, arrived = refs[-3:]
     part, unit = pl.program_id(0), pl.program_id(1)
     num_pairs, num_items = scalars.totals[0], scalars.totals[1]
@@ -62,8 +66,12 @@ def _body(*refs: Any, num_scales: int, blocked: "_Blocked", per_group: int) -> N
             fetch(place + blocked.slots - 1, "start")  # into the slot of the weight before this one
             fetch(place, "wait")
 
-        weight = buffers[jax.lax.rem(place, blocked.slots)]
-        product = _product(x[...], weight, scales[0][0] if scales else None, per_group, blocked.transposed)
+        weight = buffers.at[jax.lax.rem(place, blocked.slots)]
+        if scales_in == "blocks":
+            scale = partial(_scale, scales[0], part * (blocked.out // LANES))
+            product = _product_of_blocks(x, weight, scale, per_group, blocked.transposed)
+        else:
+            product = _product(x[...], weight[...], scales[0][0] if scales else None, per_group, blocked.transposed)
         row = scalars.blocks[unit] * blocked.rows + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
         mine = (row >= scalars.starts[group]) & (row < scalars.starts[group + 1])
         # Rows of other groups were put there by earlier pairs, or will be by later ones.
@@ -99,24 +107,54 @@ class _Blocked:
 
 def _product(x: Any, weight: Any, scales: Any | None, per_group: int, transposed: bool) -> Any:
     """[rows, in] x [out, in] (transposed: [in, out]) -> float32 [rows, out]; scales [in / per_group, out]."""
-
-    def dot(x: Any, weight: Any) -> Any:
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return jax.lax.dot_general(
-            x, weight.astype(x.dtype), (((1,), (0 if transposed else 1,)), ((), ())), precision=precision,
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-
     if scales is None:
-        return dot(x, weight)
+        return _dot(x, weight, transposed)
     parts = [slice(i, i + per_group) for i in range(0, x.shape[1], per_group)]
     return sum(
-        dot(x[:, part], weight[part] if transposed else weight[:, part]) * scales[i : i + 1]
+        _dot(x[:, part], weight[part] if transposed else weight[:, part], transposed) * scales[i : i + 1]
         for i, part in enumerate(parts)
     )
 
 
-@partial(jax.jit, static_argnames=("transposed", "config", "interpret"))
+def _dot(x: Any, weight: Any, transposed: bool) -> Any:
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, weight.astype(x.dtype), (((1,), (0 if transposed else 1,)), ((), ())), precision=precision,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _scale(scales: Any, first: Any, block: int, group: int) -> Any:
+    return scales[0, jnp.minimum(first + block, scales.shape[1] - 1), group]
+
+
+def _product_of_blocks(x: Any, weight: Any, scale: Callable[[int, int], Any], per_group: int, transposed: bool) -> Any:
+    """The same of references, and of scalars for each block of 128 outputs and `per_group` columns.
+
+    Weights are multiplied out in x's dtype: products of a block's depth would use half of the matrix unit, and their sums more of the vector unit
+    than weights of few rows do.
+    """
+    out, total = weight.shape[1 if transposed else 0], None
+    for start in range(0, x.shape[1], CHUNK):
+        columns = [
+            slice(i, min(i + per_group, x.shape[1])) for i in range(start, min(start + CHUNK, x.shape[1]), per_group)
+        ]
+        strips = []
+        for i in range(0, out, LANES):
+            rows = slice(i, min(i + LANES, out))
+            blocks = (
+                weight[(part, rows) if transposed else (rows, part)].astype(x.dtype)
+                * scale(i // LANES, part.start // per_group).astype(x.dtype)
+                for part in columns
+            )
+            strips.append(jnp.concatenate([*blocks], axis=0 if transposed else 1))
+        whole = jnp.concatenate(strips, axis=1 if transposed else 0)
+        product = _dot(x[:, columns[0].start : columns[-1].stop], whole, transposed)
+        total = product if total is None else total + product
+    return total
+
+
+@partial(jax.jit, static_argnames=("transposed", "blocks", "config", "interpret"))
 def grouped_matmul_pallas(
     x: jax.Array,
     weights: jax.Array,
@@ -125,13 +163,15 @@ def grouped_matmul_pallas(
     first_group: jax.Array | int = 0,
     *,
     transposed: bool = False,
+    blocks: bool = False,
     config: Config,
     interpret: Any,
 ) -> jax.Array:
-    """As the op; `scales` [E, groups of columns, out]."""
+    """As the op; `scales` [E, groups of columns, out], or of `blocks` of 128 outputs [E, out / 128, groups of columns]."""
     (rows, columns), out, num_groups = x.shape, weights.shape[2 if transposed else 1], len(group_sizes)
     tile = LANES if transposed else 32 // weights.dtype.itemsize
-    config = config.within(rows, out, x.dtype)
+    key = ShapeKey.of(x, weights, num_groups, transposed=transposed)
+    config = config.within(key, rows)
     blocked = _Blocked(num_groups, out, config.block_rows, config.block_out, config.slots, tile, transposed)
     num_blocks = -(-rows // blocked.rows)
     padded = num_blocks * blocked.rows
@@ -141,14 +181,16 @@ def grouped_matmul_pallas(
         pl.BlockSpec((blocked.rows, columns), lambda j, u, groups, blocks, *_: (blocks[u], 0)),
         pl.BlockSpec(memory_space=pl.ANY),
     ]
-    if scales is not None:
-        in_specs.append(
-            pl.BlockSpec((1, scales.shape[1], blocked.out), lambda j, u, groups, *_: (groups[u], 0, j)),
-        )
-    per_group = columns if scales is None else columns // scales.shape[1]
-    limit = ShapeKey.of(x, weights, num_groups, transposed=transposed).vmem_bytes(config) + SPARE_VMEM_BYTES
+    scales_in: ScalesIn = None if scales is None else "blocks" if blocks else "outputs"
+    per_group = columns if scales is None else columns // scales.shape[2 if blocks else 1]
+    if scales_in == "outputs":
+        in_specs.append(pl.BlockSpec((1, scales.shape[1], blocked.out), lambda j, u, groups, *_: (groups[u], 0, j)))
+    elif scales_in == "blocks":
+        size = (1, *scales.shape[1:])
+        in_specs.append(pl.BlockSpec(size, lambda j, u, groups, *_: (groups[u], 0, 0), memory_space=pltpu.SMEM))
+    limit = key.vmem_bytes(config) + SPARE_VMEM_BYTES
     result = pl.pallas_call(
-        partial(_body, num_scales=len(in_specs) - 2, blocked=blocked, per_group=per_group),
+        partial(_body, scales_in=scales_in, blocked=blocked, per_group=per_group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(Units._fields),
             grid=(blocked.num_parts, num_units(num_groups, num_blocks)),

@@ -144,7 +144,7 @@ PARTS: tuple[Part, ...] = (
         grouped.OP, grouped.PART, _grouped_axes,
         lambda key, fields: key.vmem_bytes(fields) <= max(grouped.VMEM_BYTES.values()),
         lambda shape: True,
-        lambda shape, fields: fields.within(shape.rows, shape.out, shape.dtype),
+        lambda shape, fields: fields.within(shape.key(), shape.rows),
     ),
 )  # fmt: skip
 
