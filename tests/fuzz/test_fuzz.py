@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from fuzz.campaign import KNOWN, known_error
+from fuzz.campaign import KNOWN, known_error, unproven
 from fuzz.client import GONE, reason_of, send
 from fuzz.generate import Request, request
 
@@ -81,6 +81,14 @@ def test_a_known_error_is_known_by_path_body_and_answer():
     assert known_error(Request("/v1/completions", b'{"structured_outputs": {}}'), problem) is None
     assert known_error(Request("/tokenize", asked.body), problem) is None
     assert known_error(asked, "HTTP 500: out of memory") is None
+
+
+def test_what_is_laid_to_vllm_is_in_the_log():
+    frame = KNOWN[0]["frame"]
+    log = 'File "vllm/entrypoints/openai/completion/protocol.py", line 4, in check_structured_outputs_count\n'
+    assert unproven({frame: 2}, log * 2) == []
+    assert unproven({frame: 2}, log) == [(frame, 2, 1)]
+    assert unproven({frame: 1}, "") == [(frame, 1, 0)]
 
 
 def test_reasons():
