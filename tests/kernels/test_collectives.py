@@ -4,7 +4,7 @@
 import os
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +54,18 @@ def scatter(n, x, weight, form, config=None, other=1, **options):
     return np.asarray(sharded(op, mesh_of(n, other), (COLUMNS, COLUMNS), ROWS)(x, weight), np.float32)
 
 
-def exchange(x, sizes, form, capacity=None):
-    """x [n, M, H], sizes [n, n] -> [n, capacity, H], [n, n]."""
-
+@cache
+def exchange_of(n, form, capacity):
     def op(x, sizes):
         out, arrived = ragged_all_to_all(x[0], sizes[0], axis_name="model", capacity=capacity, implementation=form)
         return out[None], arrived[None]
 
-    return [np.asarray(a) for a in sharded(op, mesh_of(len(x)), (ROWS, ROWS), (ROWS, ROWS))(x, sizes)]
+    return sharded(op, mesh_of(n), (ROWS, ROWS), (ROWS, ROWS))
+
+
+def exchange(x, sizes, form, capacity=None):
+    """x [n, M, H], sizes [n, n] -> [n, capacity, H], [n, n]."""
+    return [np.asarray(a) for a in exchange_of(len(x), form, capacity)(x, sizes)]
 
 
 def expected_exchange(x, sizes, capacity):
