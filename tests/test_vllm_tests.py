@@ -88,6 +88,26 @@ def test_the_page_counts_what_is_applicable(tmp_path):
     assert data["total"] == {"pass": 1, "fail": 1, "not applicable": 1, "not run": 1}
 
 
+def test_the_page_keeps_what_it_says_of_files_that_have_no_results_here(tmp_path):
+    one, two = FILE, "tests/v1/core/test_scheduler_e2e.py"
+    page, first, second = tmp_path / "page.md", Workplace(tmp_path / "first"), Workplace(tmp_path / "second")
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    lines = [{"id": f"{one}::{name}", "outcome": name, "cause": "why", "seconds": 1} for name in results.OUTCOMES[:3]]
+    write(first.results(one), *lines)
+    write(second.results(two), {"id": f"{two}::a", "outcome": "pass", "cause": "", "seconds": 1})
+    report.write(first, [one, two], page)
+    before = json.loads(page.with_suffix(".json").read_text())
+    report.write(second, [one, two], page)
+    after = json.loads(page.with_suffix(".json").read_text())
+    assert before["files"][two]["not run"] == 1 and after["files"][two]["pass"] == 1
+    assert after["files"][one] == before["files"][one]
+    assert after["failures"] == {f"{one}::fail": "why"} and after["not_applicable"] == {one: {"why": 1}}
+    kept = {**after, "versions": {**after["versions"], "jax": "0"}}
+    page.with_suffix(".json").write_text(json.dumps(kept))
+    report.write(second, [one, two], page)
+    assert json.loads(page.with_suffix(".json").read_text())["files"][one]["not run"] == 1
+
+
 def test_a_stand_in_is_found_under_its_name_and_speaks(tmp_path):
     import torch
     import transformers
