@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 
-from vllm_tests import report, results, standins
+from vllm_tests import plugin, report, results, standins
 from vllm_tests.environment import Workplace
 from vllm_tests.selection import REFUSAL, Selection
 
@@ -106,6 +107,19 @@ def test_the_page_keeps_what_it_says_of_files_that_have_no_results_here(tmp_path
     page.with_suffix(".json").write_text(json.dumps(kept))
     report.write(second, [one, two], page)
     assert json.loads(page.with_suffix(".json").read_text())["files"][one]["not run"] == 1
+
+
+def test_vllms_runner_asks_for_no_graphs_unless_a_test_does(monkeypatch):
+    class Runner:
+        def __init__(self, model, **settings):
+            self.settings = settings
+
+    conftest = types.SimpleNamespace(HfRunner=type("HfRunner", (), {}), VllmRunner=Runner)
+    monkeypatch.setitem(sys.modules, "tests.conftest", conftest)
+    plugin.pytest_collection_finish(None)
+    assert Runner("m", seed=1).settings == {"seed": 1, "compilation_config": {"mode": 0}}
+    own = {"cudagraph_capture_sizes": [8]}
+    assert Runner("m", compilation_config=own).settings == {"compilation_config": own}
 
 
 def test_a_stand_in_is_found_under_its_name_and_speaks(tmp_path):
