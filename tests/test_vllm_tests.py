@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 
-from vllm_tests import report, results, standins
+from vllm_tests import plugin, report, results, standins
 from vllm_tests.environment import Workplace
 from vllm_tests.selection import REFUSAL, Selection
 
@@ -86,6 +87,39 @@ def test_the_page_counts_what_is_applicable(tmp_path):
     assert "| `v1/core/test_output.py::b` | a \\| b |" in text
     data = json.loads(page.with_suffix(".json").read_text())
     assert data["total"] == {"pass": 1, "fail": 1, "not applicable": 1, "not run": 1}
+
+
+def test_the_page_keeps_what_it_says_of_files_that_have_no_results_here(tmp_path):
+    one, two = FILE, "tests/v1/core/test_scheduler_e2e.py"
+    page, first, second = tmp_path / "page.md", Workplace(tmp_path / "first"), Workplace(tmp_path / "second")
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    lines = [{"id": f"{one}::{name}", "outcome": name, "cause": "why", "seconds": 1} for name in results.OUTCOMES[:3]]
+    write(first.results(one), *lines)
+    write(second.results(two), {"id": f"{two}::a", "outcome": "pass", "cause": "", "seconds": 1})
+    report.write(first, [one, two], page)
+    before = json.loads(page.with_suffix(".json").read_text())
+    report.write(second, [one, two], page)
+    after = json.loads(page.with_suffix(".json").read_text())
+    assert before["files"][two]["not run"] == 1 and after["files"][two]["pass"] == 1
+    assert after["files"][one] == before["files"][one]
+    assert after["failures"] == {f"{one}::fail": "why"} and after["not_applicable"] == {one: {"why": 1}}
+    kept = {**after, "versions": {**after["versions"], "jax": "0"}}
+    page.with_suffix(".json").write_text(json.dumps(kept))
+    report.write(second, [one, two], page)
+    assert json.loads(page.with_suffix(".json").read_text())["files"][one]["not run"] == 1
+
+
+def test_vllms_runner_asks_for_no_graphs_unless_a_test_does(monkeypatch):
+    class Runner:
+        def __init__(self, model, **settings):
+            self.settings = settings
+
+    conftest = types.SimpleNamespace(HfRunner=type("HfRunner", (), {}), VllmRunner=Runner)
+    monkeypatch.setitem(sys.modules, "tests.conftest", conftest)
+    plugin.pytest_collection_finish(None)
+    assert Runner("m", seed=1).settings == {"seed": 1, "compilation_config": {"mode": 0}}
+    own = {"cudagraph_capture_sizes": [8]}
+    assert Runner("m", compilation_config=own).settings == {"compilation_config": own}
 
 
 def test_a_stand_in_is_found_under_its_name_and_speaks(tmp_path):

@@ -4,6 +4,7 @@
 Each line of the file VLLM_TESTS_RESULTS is one JSON object: {"collected": [ids]}, {"start": id}, or {"id", "outcome", "cause", "seconds"}.
 """
 
+import functools
 import json
 import os
 import re
@@ -91,10 +92,22 @@ def _last_line(report: Any) -> str:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """vLLM's HfRunner runs transformers, with whose answers tests compare, on torch's device "tpu": there is none, JAX has it. The CPU will do."""
+    """Set what vLLM's fixtures take for granted of a device.
+
+    HfRunner runs transformers, with whose answers tests compare, on torch's device "tpu": there is none, JAX has it, and the CPU will do.
+    VllmRunner asks for sizes of CUDA graphs wherever a test does not, which this platform refuses.
+    """
     conftest = sys.modules.get("tests.conftest")
-    if conftest is not None:
-        conftest.HfRunner.get_default_device = lambda self: "cpu"
+    if conftest is None:
+        return
+    conftest.HfRunner.get_default_device = lambda self: "cpu"
+    init = conftest.VllmRunner.__init__
+
+    @functools.wraps(init)
+    def without_graphs(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **{**kwargs, "compilation_config": kwargs.get("compilation_config") or {"mode": 0}})
+
+    conftest.VllmRunner.__init__ = without_graphs
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,7 +2,7 @@
 """docs/vllm_tests.md, whose head is written by hand and whose table is not, and docs/vllm_tests.json, from the results there are."""
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,26 +35,48 @@ def _tests(place: Workplace, file: str) -> dict[str, tuple[str, str]]:
     return judged
 
 
-def collect(place: Workplace, files: list[str]) -> dict[str, Any]:
-    """Everything the page says, as data."""
-    tables = {file: _tests(place, file) for file in files}
-    every = [test for tests in tables.values() for test in tests.values()]
-    total = Counter(outcome for outcome, _ in every)
-    applicable = total[PASS] + total[FAIL]
-    causes: dict[str, Counter[str]] = defaultdict(Counter)
-    by_file = {}
-    for file, tests in tables.items():
-        counts = Counter(outcome for outcome, _ in tests.values())
-        by_file[file] = {outcome: counts[outcome] for outcome in OUTCOMES}
-        for outcome, cause in tests.values():
-            causes[file][cause] += outcome == NOT_APPLICABLE
+def _versions() -> dict[str, str]:
+    return {"vllm": VERSION, **{name: version(name) for name in ("jax", "torch", "transformers")}}
+
+
+def _entry(tests: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    """What the page says of one file."""
+    counts = Counter(outcome for outcome, _ in tests.values())
     return {
-        "versions": {"vllm": VERSION, **{name: version(name) for name in ("jax", "torch", "transformers")}},
-        "total": {outcome: total[outcome] for outcome in OUTCOMES},
+        "counts": {outcome: counts[outcome] for outcome in OUTCOMES},
+        "failures": {test: cause for test, (outcome, cause) in tests.items() if outcome == FAIL},
+        "causes": dict(Counter(cause for outcome, cause in tests.values() if outcome == NOT_APPLICABLE)),
+    }
+
+
+def _published(data: dict[str, Any], file: str) -> dict[str, Any] | None:
+    """What the page says already of a file, if it has been run with the versions there are."""
+    counts = data.get("files", {}).get(file)
+    if (
+        data.get("versions") != _versions()
+        or not counts
+        or not (counts[PASS] or counts[FAIL] or counts[NOT_APPLICABLE])
+    ):
+        return None
+    failures = {test: cause for test, cause in data["failures"].items() if test.split("::")[0] == file}
+    return {"counts": counts, "failures": failures, "causes": data["not_applicable"].get(file, {})}
+
+
+def collect(place: Workplace, files: list[str], published: dict[str, Any]) -> dict[str, Any]:
+    """Everything the page says, as data. A file that has no results below `place` keeps those that are `published`."""
+    entries = {}
+    for file in files:
+        here = place.results(file).exists() or Selection.load().cause(file)
+        entries[file] = (None if here else _published(published, file)) or _entry(_tests(place, file))
+    total = {outcome: sum(entry["counts"][outcome] for entry in entries.values()) for outcome in OUTCOMES}
+    applicable = total[PASS] + total[FAIL]
+    return {
+        "versions": _versions(),
+        "total": total,
         "share_of_applicable": round(total[PASS] / applicable, 4) if applicable else None,
-        "files": by_file,
-        "failures": {t: cause for tests in tables.values() for t, (outcome, cause) in tests.items() if outcome == FAIL},
-        "not_applicable": {file: {c: n for c, n in found.items() if n} for file, found in causes.items() if +found},
+        "files": {file: entry["counts"] for file, entry in entries.items()},
+        "failures": {test: cause for entry in entries.values() for test, cause in entry["failures"].items()},
+        "not_applicable": {file: entry["causes"] for file, entry in entries.items() if entry["causes"]},
     }
 
 
@@ -94,8 +116,9 @@ def _table(data: dict[str, Any]) -> list[str]:
 
 def write(place: Workplace, files: list[str], page: Path = PAGE) -> str:
     """Write both files; returns the summary."""
-    data = collect(place, files)
-    page.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    kept = page.with_suffix(".json")
+    data = collect(place, files, json.loads(kept.read_text()) if kept.exists() else {})
+    kept.write_text(json.dumps(data, indent=1) + "\n")
     table = _table(data)
     head, _, rest = page.read_text().partition(BEGIN)
     page.write_text(head + BEGIN + "\n" + "\n".join(table) + "\n" + END + rest.partition(END)[2])

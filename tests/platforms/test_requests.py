@@ -34,3 +34,10 @@ def test_what_cannot_be_sent_to_the_engine(fields, reason):
 )  # fmt: skip
 def test_what_can(fields):
     validate(INPUTS, SamplingParams(**fields), vocab_size=100)
+
+
+@pytest.mark.parametrize(("ids", "named"), [([5, 100], 100), ([-1, 5], -1), ([2**40], 2**40)])
+def test_a_token_id_out_of_vocabulary_is_named(ids, named):
+    with pytest.raises(RequestError, match=f"token id {named} of the prompt is out of vocabulary.* 0 to 99"):
+        validate({"type": "token", "prompt_token_ids": ids}, SamplingParams(), vocab_size=100)
+    validate({"type": "token", "prompt_token_ids": [0, 99]}, SamplingParams(), vocab_size=100)

@@ -112,8 +112,10 @@ def _refuse_inputs(inputs: Any, vocab_size: int | None) -> None:
     # vLLM admits ids up to the larger of the tokenizer's and the model's vocabulary, and any when it has no tokenizer.
     ids = inputs["prompt_token_ids"]
     if vocab_size and ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        outside = min(ids) if min(ids) < 0 else max(ids)
         raise RequestError(
-            f"the prompt has token ids outside the model's vocabulary of {vocab_size}.", parameter="prompt_token_ids"
+            f"token id {outside} of the prompt is out of vocabulary: this model's are 0 to {vocab_size - 1}.",
+            parameter="prompt_token_ids",
         )
 
 
