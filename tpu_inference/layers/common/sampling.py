@@ -36,12 +36,12 @@ def _largest_key(
     def count(kept: jax.Array) -> jax.Array:
         return kept.sum(-1, dtype=jnp.int32)
 
-    def undecided(state) -> jax.Array:
+    def undecided(state: tuple[jax.Array, ...]) -> jax.Array:
         low, high, weight, from_low, above_high = state
         met = jnp.issubdtype(weight.dtype, jnp.integer) & (weight == target)
         return limited & (low < high) & (from_low - above_high > 1) & ~met
 
-    def halve(state):
+    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         low, high, weight, from_low, above_high = state
         # The ceiling of the mean, without overflow: low < mid <= high unless they have met.
         mid = (low | high) - ((low ^ high) >> 1)
