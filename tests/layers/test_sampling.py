@@ -120,6 +120,24 @@ def test_filters_keep_what_a_sort_keeps(name, oracle, values, seed):
         np.testing.assert_array_equal(out[row], oracle(logits[row], value), err_msg=f"{name}={value}")
 
 
+@pytest.mark.parametrize(("name", "oracle", "neutral"), [("top_k", oracle_top_k, VOCAB), ("top_p", oracle_top_p, 1.0)])
+@pytest.mark.parametrize("limited", [(), (6,), (1, 6), (0, 3, 7)])
+def test_filters_of_few_rows_touch_no_other(name, oracle, neutral, limited):
+    """Two rows of eight are searched by themselves, three among all; -inf, ties and equal logits among them."""
+    logits = logits_of(4)
+    logits[6, ::3] = -np.inf
+    logits[1] = np.round(logits[1])
+    logits[7] = 1.5
+    values = np.full(ROWS, neutral, np.int32 if name == "top_k" else np.float32)
+    values[list(limited)] = 7 if name == "top_k" else 0.6
+    out = np.asarray(filters[name](logits, values))
+    for row, value in enumerate(values):
+        expected = oracle(logits[row], value)
+        if row in (1, 7) and name == "top_p":  # a sort drops some of those tied with the last one kept
+            expected = np.where(logits[row] >= expected[np.isfinite(expected)].min(), logits[row], -np.inf)
+        np.testing.assert_array_equal(out[row], expected, err_msg=str(row))
+
+
 def test_filters_see_what_was_masked_before():
     logits = np.array(logits_of(0))
     logits[:, 3::2] = -np.inf

@@ -14,6 +14,8 @@ from tpu_inference.layers.common.sampling_processors import RowParameters, Token
 
 BLOCK = 128
 """Vocabulary entries summed together by the inverse-CDF draw."""
+FEW = 4
+"""Where no more than one row in FEW asks for top-k (or top-p), the search for the threshold is in those rows alone."""
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -25,44 +27,81 @@ def _ordered(x: jax.Array) -> jax.Array:
 def _largest_key(
     keys: jax.Array, weigh: Callable[[jax.Array], jax.Array], target: jax.Array, limited: jax.Array
 ) -> jax.Array:
-    """Per row, the largest key t for which `weigh(keys >= t)` [R, V] -> [R] reaches `target`; the row's smallest key must do.
+    """Per row, a key t that splits [R, V] as the largest one does for which `weigh(keys >= t)` [R, V] -> [R] reaches `target`.
 
-    Rows that are not `limited` [R] are not looked at. Where whole numbers are weighed, the search ends at a t that meets the target.
+    The row's smallest key must reach it. Rows that are not `limited` [R] are not looked at. The search ends where no two keys are left to
+    tell apart, and, where whole numbers are weighed, at a t that meets the target.
     """
 
-    def undecided(state) -> jax.Array:
-        low, high, weight = state
-        met = jnp.issubdtype(weight.dtype, jnp.integer) & (weight == target)
-        return limited & (low < high) & ~met
+    def count(kept: jax.Array) -> jax.Array:
+        return kept.sum(-1, dtype=jnp.int32)
 
-    def halve(state):
-        low, high, weight = state
+    def undecided(state: tuple[jax.Array, ...]) -> jax.Array:
+        low, high, weight, from_low, above_high = state
+        met = jnp.issubdtype(weight.dtype, jnp.integer) & (weight == target)
+        return limited & (low < high) & (from_low - above_high > 1) & ~met
+
+    def halve(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        low, high, weight, from_low, above_high = state
         # The ceiling of the mean, without overflow: low < mid <= high unless they have met.
         mid = (low | high) - ((low ^ high) >> 1)
-        found, going = weigh(keys >= mid[:, None]), undecided(state)
+        kept, going = keys >= mid[:, None], undecided(state)
+        found, number = weigh(kept), count(kept)
         up = going & (found >= target)
-        return jnp.where(up, mid, low), jnp.where(going & ~up, mid - 1, high), jnp.where(up, found, weight)
+        down = going & ~up
+        return (
+            jnp.where(up, mid, low), jnp.where(down, mid - 1, high), jnp.where(up, found, weight),
+            jnp.where(up, number, from_low), jnp.where(down, number, above_high),
+        )  # fmt: skip
 
     low = keys.min(-1)
-    state = low, keys.max(-1), weigh(keys >= low[:, None])
+    kept = keys >= low[:, None]
+    state = low, keys.max(-1), weigh(kept), count(kept), jnp.zeros_like(low)
     return jax.lax.while_loop(lambda state: undecided(state).any(), halve, state)[0]
 
 
-def filter_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
-    """Keep the `top_k` [R] largest of `logits` [R, V], the others become -inf."""
+def _where_limited(
+    keep: Callable[[jax.Array, jax.Array], jax.Array], logits: jax.Array, limit: jax.Array, neutral: float
+) -> jax.Array:
+    """`keep(logits, limit)` of `logits` [R, V]; where no more than FEW of the rows have a `limit` [R] below `neutral`, of those alone."""
+    rows, limited = logits.shape[0], limit < neutral
+    few = rows // FEW
+    if not few:
+        return keep(logits, limit)
+
+    def of_few(logits: jax.Array) -> jax.Array:
+        (index,) = jnp.nonzero(limited, size=few, fill_value=rows)
+        kept = keep(
+            logits.at[index].get(mode="fill", fill_value=0), limit.at[index].get(mode="fill", fill_value=neutral)
+        )
+        return logits.at[index].set(kept, mode="drop")
+
+    return jax.lax.cond(limited.sum() <= few, of_few, lambda logits: keep(logits, limit), logits)
+
+
+def _keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
     keys, limited = _ordered(logits), top_k < logits.shape[-1]
     limit = _largest_key(keys, lambda kept: kept.sum(-1, dtype=jnp.int32), top_k, limited)
     return jnp.where((keys >= limit[:, None]) | ~limited[:, None], logits, -jnp.inf)
 
 
-def filter_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Keep the smallest set of likeliest tokens whose probability reaches `top_p` [R]; at least the likeliest."""
+def _keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     probs = jax.nn.softmax(logits, axis=-1)
     keys, limited = _ordered(logits), top_p < 1
     # A rounding error of the sum must not ask for more than all of it.
     target = jnp.minimum(top_p, probs.sum(-1))
     limit = _largest_key(keys, lambda kept: jnp.where(kept, probs, 0).sum(-1), target, limited)
     return jnp.where((keys >= limit[:, None]) | ~limited[:, None], logits, -jnp.inf)
+
+
+def filter_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Keep the `top_k` [R] largest of `logits` [R, V], the others become -inf."""
+    return _where_limited(_keep_top_k, logits, top_k, logits.shape[-1])
+
+
+def filter_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Keep the smallest set of likeliest tokens whose probability reaches `top_p` [R]; at least the likeliest."""
+    return _where_limited(_keep_top_p, logits, top_p, 1)
 
 
 def filter_min_p(logits: jax.Array, min_p: jax.Array) -> jax.Array:
