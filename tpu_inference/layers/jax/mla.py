@@ -85,11 +85,11 @@ class LatentAttention(nnx.Module):
         self,
         x: jax.Array,
         kv_cache: KVCache,
-        layer: int | jax.Array,
+        layer: Any,
         meta: AttentionMetadata,
         rope: Rotation,
         window: Any,
-        in_stack: jax.Array | None = None,
+        in_stack: Any = None,
     ) -> tuple[jax.Array, KVCache]:
         """x: [T, hidden]; there are no windows; `in_stack` as `Linear` takes it."""
         mla, tokens = self.mla, x.shape[0]
