@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real TPU compiler takes latent attention, for four generations, without a TPU."""
+"""The real TPU compiler takes latent attention, for the three main generations, without a TPU."""
 
 import os
 
@@ -17,7 +17,6 @@ from tpu_inference.tools.kernel_report.cases import lower
 pytestmark = [pytest.mark.slow, pytest.mark.aot]
 CASES = [
     ("v6e:2x2", "decode_fp8_64x4k"), ("v5e:2x2", "decode_tp8_64x4k"), ("tpu7x:2x2x1", "decode_fp8_tp8_64x4k"),
-    ("v4:2x2x1", "decode_fp8_tp8_64x4k"),
 ]  # fmt: skip
 
 
