@@ -25,7 +25,6 @@ NAME = "quantized_matmul"
 SPARE_VMEM_BYTES = 4 * MIB
 """For what the compiler keeps beside the buffers."""
 LAST_PARTS = 2
-SUBLANES = 8
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,8 @@ class Blocked:
 
     @property
     def sliced(self) -> bool:
-        """Whether scales are this layer's alone: where groups are whole lanes, or not whole sublanes, all layers' may lie otherwise than the kernel
-        wants them, and would be laid out anew."""
-        return self.groups > 1 and (self.groups % LANES == 0 or self.groups % SUBLANES != 0)
+        """Whether scales are this layer's alone: [..., groups] of whole lanes would be laid out anew for all layers."""
+        return self.groups % LANES == 0
 
     @property
     def copies(self) -> int:
