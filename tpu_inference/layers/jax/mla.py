@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.attention import KVCache
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.build import BuildContext
@@ -28,7 +29,13 @@ class LatentAttention(nnx.Module):
     """One layer's attention. Heads are divided among the devices; the low-rank projections and the latents are whole on each."""
 
     def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
+        """Raises TpuInferenceError for a cache of one byte a number, whose scales are not read."""
         assert cfg.mla is not None
+        if ctx.kv_cache_dtype:
+            raise TpuInferenceError(
+                "A KV cache of one byte a number is not served with latent attention (DeepSeek): use --kv-cache-dtype auto, "
+                "or VLLM_MLA_DISABLE=1 for vLLM's PyTorch class."
+            )
         self.mla = mla = cfg.mla
         self.scale, self.mesh, self.accumulate_dtype = cfg.scale, ctx.mesh, ctx.accumulate_dtype
         self.layer, self.hidden, self.num_heads = cfg.names.layer, cfg.hidden_size, cfg.num_heads
