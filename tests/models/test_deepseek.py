@@ -93,7 +93,7 @@ def test_fields_that_are_not_served(fields, said):
 
 def test_a_cache_of_one_byte_a_number_is_refused():
     ctx = BuildContext(mesh(), jnp.bfloat16, 256, True, kv_cache_dtype="float8_e4m3fn")
-    with pytest.raises(TpuInferenceError, match="not served with latent attention.*--kv-cache-dtype auto"):
+    with pytest.raises(TpuInferenceError, match=r"not served with latent attention.*--kv-cache-dtype auto"):
         DeepseekV3ForCausalLM(config(), ctx)
 
 
