@@ -45,11 +45,23 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         quantization_config=dict(quant_method="mxfp4", modules_to_not_convert=[
             "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]),
     ),
+    "DeepSeek V3": dict(
+        architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
+        num_attention_heads=128, num_key_value_heads=128, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=3,
+        moe_layer_freq=1, n_group=8, topk_group=4, topk_method="noaux_tc", scoring_func="sigmoid", norm_topk_prob=True,
+        routed_scaling_factor=2.5, num_nextn_predict_layers=1, attention_bias=False, vocab_size=129280, rope_theta=10000,
+        max_position_embeddings=163840, quantization_config=FP8_BLOCKS,
+        rope_scaling=dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0,
+                          original_max_position_embeddings=4096),
+    ),
 }  # fmt: skip
 """Fields of the published config.json files that shapes follow from."""
 QUESTIONS: Sequence[tuple[str, str, str, int, tuple[str, ...]]] = (
     ("Llama 3.1 70B", "int8", "v6e:2x4", 8, (*INT8, '{"linear": "int8_per_channel_static"}')),
     ("Qwen3-235B-A22B", "fp8 blocks", "v6e:4x4", 16, ("--enable-expert-parallel",)),
+    ("DeepSeek V3", "fp8 blocks", "v6e:8x8", 64, ("--enable-expert-parallel",)),
+    ("DeepSeek V3", "fp8 blocks", "tpu7x:2x2x4", 32, ("--enable-expert-parallel",)),
     ("gpt-oss-120b", "MXFP4, held as bfloat16", "tpu7x:2x2x1", 8, ()),
     ("Mixtral 8x22B", "int8", "v5e:4x4", 16,
      (*INT8, '{"linear": "int8_per_channel_static", "moe": "int8_per_channel_static"}')),

@@ -102,7 +102,7 @@ def edited(path: str, **fields) -> str:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(architectures=["MambaForCausalLM"]), "served are Gemma2ForCausalLM"),
+        (dict(architectures=["MambaForCausalLM"]), "served are DeepseekV2ForCausalLM"),
         (dict(architectures=None), "no architectures in its config.json"),
         (dict(hidden_size=None, num_hidden_layers=None), "lacks hidden_size, num_hidden_layers"),
         (dict(head_dim=81), "the nearest is 80"),

@@ -99,8 +99,8 @@ def test_default_block_size(max_model_len, platform, size):
         (dict(model_impl="transformers"), "model_impl='transformers'"),
         (dict(additional_config={"typo": 1}), "unknown keys"),
         (
-            dict(hf_overrides={"architectures": ["Llama4ForCausalLM"]}),
-            "Llama4ForCausalLM is not served .* local chunks",
+            dict(hf_overrides={"architectures": ["HYV4ForCausalLM"]}),
+            "HYV4ForCausalLM is not served .* kernels of other platforms",
         ),
     ],
 )

@@ -21,6 +21,8 @@ from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import Linear
 from tpu_inference.layers.jax.norm import RMSNorm
 
+LANES = 128
+"""Outputs of products are padded to whole ones: what is quantized and is not is copied out of its stack in every step."""
 INNER_EPS = 1e-6
 """Of the norms of latents: DeepSeek's own code has it so, whatever the config's rms_norm_eps."""
 
@@ -66,9 +68,10 @@ class LatentAttention(nnx.Module):
         sizes = {name: size for name, size in sizes.items() if size}
         pieces = [self._source(name, size, self.hidden).piece(0, size) for name, size in sizes.items()]
         biases = [piece for name, size in sizes.items() for piece in self._bias(name, size)]
-        self.down = Linear(
-            ctx, (sum(sizes.values()), self.hidden), (None, "embed"), pieces, bias=biases if biased else None
-        )
+        rows = sum(sizes.values())
+        if extra := -rows % LANES:
+            pieces, biases = [*pieces, Piece(extra)], [*biases, Piece(extra)]
+        self.down = Linear(ctx, (rows + extra, self.hidden), (None, "embed"), pieces, bias=biases if biased else None)
         norm = f"{self.layer}.self_attn"
         self.q_norm = RMSNorm(ctx, f"{norm}.q_a_layernorm", mla.q_rank, INNER_EPS) if mla.q_rank else None
         self.kv_norm = RMSNorm(ctx, f"{norm}.kv_a_layernorm", mla.kv_rank, INNER_EPS)
@@ -100,9 +103,8 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """x: [T, hidden]; there are no windows; `in_stack` as `Linear` takes it."""
         mla, tokens = self.mla, x.shape[0]
-        low, latent, k_rope = jnp.split(
-            before_split(self.down(x, in_stack)), (mla.q_rank, mla.q_rank + mla.kv_rank), axis=-1
-        )
+        ends = (mla.q_rank, mla.q_rank + mla.kv_rank, mla.q_rank + mla.kv_rank + mla.rope_dim)
+        low, latent, k_rope, _ = jnp.split(before_split(self.down(x, in_stack)), ends, axis=-1)
         low = x if self.q_norm is None else self.q_norm(low)
         q = before_split(self.q(low, in_stack)).reshape(tokens, len(self.slots), mla.qk_dim)
         q_nope, q_rope = q[..., : mla.nope_dim], q[..., mla.nope_dim :]

@@ -33,7 +33,9 @@ class TpuAttentionBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type:
         # Asked for by layers whose attention is a variant of another's, as chunked local attention (Llama 4) is.
-        raise TpuInferenceError("attention in local chunks (Llama 4) is not served by tpu_inference")
+        raise TpuInferenceError(
+            "Attention in local chunks is not served in vLLM's PyTorch classes: leave --model-impl at auto, which takes the JAX class of Llama 4."
+        )
 
 
 class TpuAttentionImpl(AttentionImpl):
