@@ -108,7 +108,12 @@ def test_heads_are_divided_and_latents_are_on_every_device(heads, shards, slots)
     for name in ("q_b_proj.weight", "kv_b_proj.weight", "kv_a_proj_with_mqa.weight/q_a_proj.weight", "o_proj.weight"):
         abstract = by_name[name].abstract(where)
         shapes[name] = abstract.sharding.shard_shape(abstract.shape)[1:]
-    assert list(shapes.values()) == [(slots * 192, 1536), (slots * 128, 512), (1536 + 512 + 64, 96), (96, slots * 128)]
+    assert list(shapes.values()) == [
+        (slots * 192, 1536),
+        (slots * 128, 512),
+        (1536 + 512 + 64 + 64, 96),
+        (96, slots * 128),
+    ]
     functions = model_functions(model, None, where)
     (pages,) = abstract_kv_cache(functions, uniform_layout(functions, 3), 16, jnp.float32, where).pages
     assert pages.shape == pages.sharding.shard_shape(pages.shape) == (4 * 3, 1, 1, 16, 512 + 64)
