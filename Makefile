@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every target installs what it needs into .venv first; a second run finds it there.
 #   make PYTHON=/path/to/python3.12 demo    chooses the interpreter of a new .venv
+#   make test WORKERS=4                     in so many processes, of 4 to 8 GiB each
 #   make serve ARGS="--port 8001"           passes arguments on (serve, demo, test, vllm-tests)
 SHELL := /bin/bash
 PYTHON ?=
@@ -26,11 +27,13 @@ serve: ## Start vLLM's OpenAI-compatible server on the same checkpoint, port 800
 	@$(INSTALL)
 	$(BIN)/vllm serve tpu_inference/demo/model --served-model-name demo $(ARGS)
 
-# pytest exits with 5 where no test of a tier is there to run.
+# A file's tests share engines and servers: they stay in one process. pytest exits with 5 where no test of a tier is there to run.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 test: ## Run the tests: the quick ones, then those marked slow
 	@$(INSTALL) --dev
-	$(BIN)/python -m pytest -q $(ARGS)
-	$(BIN)/python -m pytest -q -m slow $(ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) $(ARGS)
+	$(PYTEST) -m slow $(ARGS) || [ $$? -eq 5 ]
 
 N ?= 1000
 SEED ?= 0

@@ -217,8 +217,8 @@ def test_without_architectures_vllms_own_choice_is_served(copy, architectures):
 def test_config_with_an_architecture_that_nobody_knows(copy):
     """vLLM's own registry is asked before ours, and names what is wrong."""
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["NobodysForCausalLM"]}))
-    with pytest.raises(Exception, match=r"NobodysForCausalLM.*not supported"):
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["UnheardOfForCausalLM"]}))
+    with pytest.raises(Exception, match=r"UnheardOfForCausalLM.*not supported"):
         EngineArgs(str(copy), skip_tokenizer_init=True).create_engine_config()
 
 

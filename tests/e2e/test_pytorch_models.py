@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from helpers.engines import engine, tokens
-from helpers.tiny_models import greedy, prompts
+from helpers.tiny_models import chosen, prompts
 from tpu_inference.models.common.vllm_loader import implementation
 
 COUNT = 48
@@ -20,7 +20,7 @@ def runner(llm):
 
 def check(path, batch, got):
     for prompt, answer in zip(batch, got, strict=True):
-        assert answer == greedy(path, prompt, len(answer))
+        assert answer == chosen(path, prompt, answer)
 
 
 @pytest.mark.slow

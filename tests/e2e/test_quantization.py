@@ -3,17 +3,21 @@
 
 import json
 import shutil
+from functools import cache, partial
 
 import jax
 import pytest
 
 from helpers import quantized_models
-from helpers.engines import engine, likeness, of_prompts, tokens
+from helpers.engines import engine as any_engine
+from helpers.engines import likeness, of_prompts, tokens
 from helpers.quantized_models import KINDS
 from helpers.tiny_models import prompts
 from tpu_inference.errors import ConfigError, TpuInferenceError
 from tpu_inference.models.common.checkpoint import CheckpointError
 
+engine = partial(any_engine, max_num_seqs=8)
+"""Few programs: many engines are started here."""
 COUNT = 24
 SUMS = "devices' parts are summed in bfloat16 as they arrive, which chooses other tokens now and then, and all others after"
 IMPLEMENTATIONS = ["auto", pytest.param("vllm", marks=pytest.mark.slow)]
@@ -31,9 +35,17 @@ def runner(llm):
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+@cache
 def answers(path, **options):
+    """The same engine answers the same: that of a twin is asked once."""
     with engine(path, dtype="bfloat16", **options) as llm:
         return tokens(llm, prompts(6), COUNT)
+
+
+@cache
+def probabilities(path, **options):
+    with engine(path, **options) as llm:
+        return of_prompts(llm)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k in SLOW else ()) for k in KINDS])
@@ -292,9 +304,8 @@ def test_groups_of_experts_that_devices_would_cut(zoo, tmp_path):
 )
 def test_rounded_at_load_by_rules(zoo, model, rules, dtype, least, impl):
     options = dict(dtype="bfloat16", enforce_eager=True, model_impl=impl)
-    with engine(zoo(model), **options) as llm:
-        expected = of_prompts(llm)
-    with engine(zoo(model), additional_config={"quantization": rules, "scan_layers": True}, **options) as llm:
+    expected = probabilities(zoo(model), **options)
+    with engine(zoo(model), additional_config={"quantization": rules}, **options) as llm:
         params = runner(llm).functions.params
         found = of_prompts(llm)
     assert sum(leaf.dtype == dtype for leaf in jax.tree.leaves(params)) == (4 if impl == "auto" else 12)
@@ -309,9 +320,9 @@ def test_rules_of_ones_own(zoo, tmp_path, impl):
         "- module_path: .*self_attn.*\n- {module_path: .*down_proj, weight_qtype: float8_e4m3fn, tile_size: 64}\n"
     )
     options = dict(dtype="bfloat16", enforce_eager=True, model_impl=impl)
-    with engine(zoo("llama@even"), **options) as llm:
-        expected = of_prompts(llm)
-    with engine(zoo("llama@even"), additional_config={"quantization": str(rules)}, **options) as llm:
+    expected = probabilities(zoo("llama@even"), **options)
+    by_loop = {"quantization": str(rules), "scan_layers": False}
+    with engine(zoo("llama@even"), additional_config=by_loop, **options) as llm:
         leaves = jax.tree.leaves(runner(llm).functions.params)
         found = of_prompts(llm)
     dtypes = [str(leaf.dtype) for leaf in leaves]

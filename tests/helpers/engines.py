@@ -24,14 +24,17 @@ DEFAULTS: dict[str, Any] = dict(
     disable_log_stats=True,
     additional_config={"scan_layers": True, "background_compile": False},
 )
-"""Prefills are chunked at 16 tokens. Layers are scanned and all programs compiled first, as on TPU; the loop, and serving while programs
-compile, have tests of their own."""
+"""Prefills are chunked at 16 tokens. Layers are scanned and all programs compiled first, as on TPU; the loop, serving while programs
+compile, and the buckets there are by default have tests of their own: each bucket of tokens costs seconds of compiling, so there are two."""
 
 
 @contextmanager
 def engine(path: str, **options: Any) -> Iterator[LLM]:
-    """An engine that is gone afterwards."""
-    llm = LLM(path, **{**DEFAULTS, **options})
+    """An engine that is gone afterwards. Of `additional_config`, what is given replaces its own part of the defaults."""
+    options = {**DEFAULTS, **options}
+    buckets = sorted({16, options["max_num_batched_tokens"]})
+    additional = {"token_buckets": buckets, **DEFAULTS["additional_config"], **options.pop("additional_config")}
+    llm = LLM(path, additional_config=additional, **options)
     try:
         yield llm
     finally:

@@ -182,6 +182,11 @@ def prompts(count: int, *, seed: int = 0, longest: int = 60) -> list[list[int]]:
     return [rng.integers(3, VOCAB_SIZE, rng.integers(1, longest)).tolist() for _ in range(count)]
 
 
+LENGTH_MATTERS = ("dynamic", "longrope")
+"""Rotary embeddings whose angles are other ones in a longer sequence: what is read at once is not what was read token by token."""
+torch.set_num_threads(1)  # tests run side by side
+
+
 @lru_cache
 def _model(path: str) -> torch.nn.Module:
     import transformers
@@ -202,6 +207,14 @@ def greedy(path: str, prompt: list[int], count: int) -> list[int]:
             torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None
         )
     return out[0, len(prompt) :].tolist()
+
+
+def chosen(path: str, prompt: list[int], answer: list[int]) -> list[int]:
+    """The token that transformers chooses at each place of `answer`, all read at once: `answer` itself where it is what `greedy` gives."""
+    rope = getattr(_model(path).config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in LENGTH_MATTERS:
+        return greedy(path, prompt, len(answer))
+    return logprobs(path, prompt + answer)[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
 def logprobs(path: str, tokens: list[int]) -> np.ndarray:
