@@ -39,6 +39,21 @@ def test_every_generation(topology, spec):
     assert compiled.memory_analysis().temp_size_in_bytes < spec.out * spec.columns / 4
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [Spec(2048, 1280, 1792, "float8_e4m3fn"), Spec(1024, 512, 384, "int8"), Spec(1024, 2816, 4096, "int8", "int8")],
+    ids=lambda spec: spec.about,
+)
+def test_many_rows(spec):
+    """By the kernel that keeps the weight in VMEM."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2").devices[0]
+    sharding = SingleDeviceSharding(device)
+    jitted = jax.jit(spec.function(device), in_shardings=sharding, out_shardings=sharding)
+    compiled = jitted.lower(*spec.arguments(device)).compile()
+    assert compiled.as_text().count("tpu_custom_call") == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < spec.out * spec.columns / 4
+
+
 def test_without_float8_in_the_matrix_unit():
     device = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1").devices[0]
     sharding, spec = SingleDeviceSharding(device), Spec(64, 768, 4096, "float8_e4m3fn")

@@ -337,9 +337,12 @@ def test_rules_of_ones_own(zoo, tmp_path, impl):
         ("llama@even", "nvfp4"),
         pytest.param("llama@even", "nvfp4-modelopt", marks=pytest.mark.slow),
         pytest.param("mixtral@even", "nvfp4", marks=pytest.mark.slow),
+        ("llama@even", "mxfp4"),
+        pytest.param("llama@even", "mxfp4-activations", marks=pytest.mark.slow),
+        pytest.param("mixtral@even", "mxfp4", marks=pytest.mark.slow),
     ],
 )
-def test_nvfp4_is_as_its_twin(zoo, tmp_path, model, kind, impl):
+def test_floats_of_four_bits_are_as_their_twin(zoo, tmp_path, model, kind, impl):
     made, twin = quantized_models.save(zoo(model), kind, tmp_path)
     options = dict(dtype="bfloat16", enforce_eager=True)
     with engine(twin, **options) as llm:
@@ -348,6 +351,16 @@ def test_nvfp4_is_as_its_twin(zoo, tmp_path, model, kind, impl):
         assert "int8" in {str(leaf.dtype) for leaf in jax.tree.leaves(runner(llm).functions.params)}
         found = of_prompts(llm)
     assert likeness(expected, found) > 0.95
+
+
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
+def test_an_exponent_of_mxfp4_that_is_no_number(zoo, tmp_path, impl):
+    made, _ = quantized_models.save(
+        zoo("llama@even"), "mxfp4", tmp_path, spoil("layers.1.mlp.down_proj.weight_scale", lambda t: t.fill_(255))
+    )
+    with pytest.raises(CheckpointError) as caught, engine(made, dtype="bfloat16", model_impl=impl):
+        pass
+    assert len(caught.value.problems) == 1 and "down_proj.weight_scale has NaN" in caught.value.problems[0]
 
 
 @pytest.mark.parametrize("impl", ["auto", "vllm"])

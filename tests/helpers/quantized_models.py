@@ -98,10 +98,23 @@ def _nvfp4(name: str, weight: torch.Tensor, how: dict[str, Any]) -> tuple[Tensor
     return {base + key: value for key, value in stored.items()}, meant
 
 
+def _mxfp4(name: str, weight: torch.Tensor, size: int) -> tuple[Tensors, torch.Tensor]:
+    """(what the checkpoint holds, what it means)."""
+    base, exponents = name.removesuffix("weight"), _scales(weight, (1, size), 6.0).log2().ceil()
+    every = _every(exponents.exp2(), (1, size), weight.shape)
+    codes = (_E2M1 - (weight / every).abs()[..., None]).abs().argmin(-1)
+    meant = _E2M1[codes] * every * weight.sign()
+    codes = (codes + 8 * (weight < 0)).to(torch.uint8)
+    packed = codes[:, ::2] | (codes[:, 1::2] << 4)
+    return {base + "weight_packed": packed, base + "weight_scale": (exponents + 127).to(torch.uint8)}, meant
+
+
 def _quantize(name: str, weight: torch.Tensor, how: dict[str, Any]) -> tuple[Tensors, torch.Tensor]:
     """(what the checkpoint holds, what it means)."""
     if how.get("layout", "").startswith("nvfp4"):
         return _nvfp4(name, weight, how)
+    if how.get("layout") == "mxfp4":
+        return _mxfp4(name, weight, how["block"][1])
     if "layout" in how:
         return _with_zeros(name, weight, how)
     block = tuple(size or whole for size, whole in zip(how["block"], weight.shape, strict=True))
@@ -173,6 +186,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """By name: how weights of linear layers are stored, and what config.json says of it."""
 _FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+_MXFP4 = {
+    "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True, "scale_dtype": "torch.uint8",
+    "zp_dtype": "torch.uint8",
+}  # fmt: skip
 _FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 MORE_KINDS = {
     "fp8-channel-cache": KINDS["fp8-channel"]
@@ -187,10 +204,20 @@ MORE_KINDS = {
         block=(1, 16),
         config={"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]},
     ),
+    "mxfp4": dict(
+        layout="mxfp4",
+        block=(1, 32),
+        config=_compressed("mxfp4-pack-quantized", _MXFP4),
+    ),
+    "mxfp4-activations": dict(
+        layout="mxfp4",
+        block=(1, 32),
+        config=_compressed("mxfp4-pack-quantized", _MXFP4, _MXFP4 | {"dynamic": True}),
+    ),
     "fp8-block-128": KINDS["fp8-block"]
     | {"block": (128, 128), "config": KINDS["fp8-block"]["config"] | {"weight_block_size": [128, 128]}},
 }
-"""A checkpoint that asks for a KV cache of its own; NVFP4, both ways of storing it;
+"""A checkpoint that asks for a KV cache of its own; NVFP4, both ways of storing it; MXFP4;
 blocks as published ones have, which tiny matrices on several devices cut."""
 
 

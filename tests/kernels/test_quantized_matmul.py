@@ -15,6 +15,7 @@ from tpu_inference.kernels.quantized_matmul import quantized_matmul
 from tpu_inference.kernels.quantized_matmul.api import KERNEL_CHIPS, form_of, most_rows
 from tpu_inference.kernels.quantized_matmul.config import MOST_VMEM_BYTES, Config, ShapeKey, heuristic
 from tpu_inference.kernels.quantized_matmul.kernel import Blocked, quantized_matmul_pallas
+from tpu_inference.kernels.quantized_matmul.resident import quantized_matmul_resident
 
 
 def case(rows, out, columns, groups, dtype, x_dtype="bfloat16"):
@@ -128,6 +129,29 @@ def test_kernel_has_no_races():
     assert not mosaic_interpret.races.races_found
 
 
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("rows", "out", "dtype", "activations"),
+    [
+        (1024, 512, "float8_e4m3fn", None),  # one block of the weight
+        (2048, 768, "int8", None),  # narrow blocks
+        (1024, 2560, "int8", "int8"),  # rows are rounded beside all blocks but one
+        (2048, 4096, "int8", "int8"),
+    ],
+)
+def test_kernel_for_many_rows(rows, out, dtype, activations):
+    """Reads one of several layers, and has no races."""
+    x, values, scales = case(rows, out, 384, 1, dtype)
+    values, scales = jnp.stack([-values, values]), jnp.stack([scales * 2, scales])
+    found = quantized_matmul_resident(
+        x, values, scales, jnp.int32(1), activations=activations, interpret=pltpu.InterpretParams(detect_races=True)
+    ).astype(jnp.float32)
+    assert not mosaic_interpret.races.races_found
+    expected = quantized_matmul(x, values[1], scales[1], activations=activations, implementation="reference")
+    scale = np.abs(expected.astype(jnp.float32)).max(axis=0, keepdims=True)
+    np.testing.assert_allclose(found / scale, expected.astype(jnp.float32) / scale, atol=2**-7)
+
+
 @given(
     rows=st.integers(1, 256),
     out=st.integers(1, 250),
@@ -174,11 +198,13 @@ def test_where_the_kernel_runs():
 
     ours = (
         dict(), dict(chip="v5e"), dict(chip="tpu7x"), dict(values="int8"), dict(values="int8", activations="int8"), dict(groups=32),
-        dict(groups=128),
+        dict(groups=128), dict(rows=1024), dict(rows=4096, out=2560, values="int8", activations="int8"),
     )  # fmt: skip
     assert {form(**mine) for mine in ours} == {"pallas"}
     others = (
-        dict(chip="v4"), dict(chip=None), dict(rows=1024), dict(columns=4160), dict(out=200), dict(x="float32"),
+        dict(chip="v4"), dict(chip=None), dict(rows=512), dict(rows=1536), dict(rows=1024, chip="v5e"), dict(rows=1024, groups=2),
+        dict(rows=1024, out=384), dict(rows=1024, out=2048, values="int8", activations="int8"), dict(rows=1024, out=2**15),
+        dict(columns=4160), dict(out=200), dict(x="float32"),
         dict(columns=3 * 128, groups=4), dict(columns=2**20),
     )  # fmt: skip
     assert {form(**other) for other in others} == {"xla"}

@@ -155,6 +155,35 @@ def test_any_part_of_nvfp4_is_what_the_format_says(box, divides, parts):
     np.testing.assert_array_equal(some, grid.read(read, grid.name, (rows, slice(0, 4 * parts)))[:, group])
 
 
+@settings(deadline=None)
+@given(boxes(columns=64), st.sampled_from([1, 2]))
+def test_any_part_of_mxfp4_is_what_the_format_says(box, parts):
+    rng = np.random.default_rng(4)
+    codes, exponents = (
+        rng.integers(0, 16, (ROWS, 64), dtype=np.uint8),
+        rng.integers(100, 150, (ROWS, 2), dtype=np.uint8),
+    )
+    values_of = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    meant = values_of[codes] * np.exp2(exponents.astype(np.float32) - 127).repeat(32, axis=1)
+    tensors = {"l.weight_packed": codes[:, ::2] | codes[:, 1::2] << 4, "l.weight_scale": exponents}
+    scheme = Scheme("int8", (1, 32), packed=4, layout="mxfp4", values_name="weight_packed")
+    weight = Source("l.weight", (ROWS, 64))
+    values, grid = scheme.values(weight), scheme.scales(weight, parts)
+    assert scheme.weight_shape((ROWS, 32)) == (ROWS, 64) and scheme.stored_dtype == "uint8"
+    assert all(source.accepts(tensors[source.name].shape) for source in (values, grid))
+
+    def read(name, index=()):
+        return tensors[name][index] if index else tensors[name]
+
+    rows, columns = box
+    every = grid.read(read, grid.name, (rows, slice(0, 2 * parts)))
+    np.testing.assert_array_equal(
+        values.read(read, values.name, box) * every.repeat(32 // parts, axis=1)[:, columns], meant[box]
+    )
+    group = slice(columns.start * parts // 32, -(-columns.stop * parts // 32))
+    np.testing.assert_array_equal(grid.read(read, grid.name, (rows, group)), every[:, group])
+
+
 def spec_of(columns, axis, pieces):
     return WeightSpec((ROWS, columns), "bfloat16", ("embed", "mlp"), pieces, axis)
 

@@ -11,6 +11,7 @@ from tpu_inference.kernels.forms import Implementation, chip_of
 from tpu_inference.kernels.quantized_matmul.config import LANES, MOST_VMEM_BYTES, Config, ShapeKey, config_for
 from tpu_inference.kernels.quantized_matmul.kernel import quantized_matmul_pallas
 from tpu_inference.kernels.quantized_matmul.reference import quantized_matmul_reference
+from tpu_inference.kernels.quantized_matmul.resident import Resident, quantized_matmul_resident
 from tpu_inference.kernels.quantized_matmul.xla import quantized_matmul_xla
 
 _JNP = {"xla": quantized_matmul_xla, "reference": quantized_matmul_reference}
@@ -20,9 +21,11 @@ KERNEL_CHIPS = ("v5e", "v6e", "tpu7x")
 """Whose matrix units take float8 weights, and that have VMEM enough."""
 INT8_CHIPS = ("v5e", "v6e")
 """Whose matrix units take int8 rows and weights."""
+RESIDENT_CHIPS = ("v6e", None)
+"""On which the kernel for many rows is a gain; None is of interpret mode. XLA's form is near the roofline on the others."""
 MOST_ROWS, MOST_CONVERTED_ROWS = 128, 256
-"""Of the kernel: more take longer to multiply than the weights to come. The second where XLA converts values one by one, or scales groups, which
-takes longer yet."""
+"""Of the kernel for few rows: more take longer to multiply than the weights to come. The second where XLA converts values one by one, or scales
+groups, which takes longer yet."""
 ACTIVATIONS = (None, "int8")
 VALUES = tuple(jnp.dtype(name) for name in ("int8", "float8_e4m3fn", "float8_e5m2"))
 
@@ -49,9 +52,9 @@ def quantized_matmul(
         accumulate_dtype: of the product before it is scaled, which is what is summed over devices where `in` is divided among them.
         layer: int32 scalar: values [layers, out, in] and scales [layers, out, groups] have several layers', and this one's are meant; they are
             read where they lie, but by the XLA form where groups are of less than `LEAST_GROUP` columns.
-        implementation: "xla", "reference", "pallas" (TPU) or "pallas_interpret" (any device). The kernel is for few rows; "pallas" takes it
-            where `form_of` says so and is the XLA form elsewhere. `implementation_for` a device also tells the chip.
-        config: blocks of the kernel; None for those tuned for the shape and chip, else the heuristic's.
+        implementation: "xla", "reference", "pallas" (TPU) or "pallas_interpret" (any device). One kernel is for few rows and one for whole
+            thousands; "pallas" takes them where `form_of` says so and is the XLA form elsewhere. `implementation_for` a device also tells the chip.
+        config: blocks of the kernel for few rows; None for those tuned for the shape and chip, else the heuristic's.
 
     Returns:
         [T, out] in x's dtype.
@@ -64,6 +67,9 @@ def quantized_matmul(
     form = form_of(x, values, scales, activations=activations, implementation=implementation)
     if form in _INTERPRET:
         chip, groups = chip_of(implementation), scales.shape[-1]
+        if _is_resident(x, values, groups, activations, chip):
+            index = jnp.int32(0) if layer is None else layer
+            return quantized_matmul_resident(x, *stacked, index, activations=activations, interpret=_INTERPRET[form])
         return quantized_matmul_pallas(
             x, *stacked, jnp.int32(0) if layer is None else layer,
             activations=activations, direct=values.dtype != jnp.int8, exact=chip is None or chip in INT8_CHIPS,
@@ -84,21 +90,28 @@ def form_of(x: Any, values: Any, scales: Any, *, activations: str | None, implem
         return str(implementation)
     chip = chip_of(implementation)
     runs = implementation == "pallas_interpret" or chip in KERNEL_CHIPS
-    return str(implementation) if runs and _serves(x, values, scales.shape[-1], activations, chip) else "xla"
+    what = (x, values, scales.shape[-1], activations, chip)
+    return str(implementation) if runs and (_serves(*what) or _is_resident(*what)) else "xla"
 
 
 def most_rows(dtype: Any, groups: int) -> int:
-    """That the kernel takes, of values of a dtype."""
+    """That the kernel for few rows takes, of values of a dtype."""
     return MOST_CONVERTED_ROWS if groups > 1 or dtype != jnp.int8 else MOST_ROWS
 
 
 def _serves(x: Any, values: Any, groups: int, activations: str | None, chip: str | None) -> bool:
-    """Whether the kernel takes arrays of these shapes and dtypes; the XLA form takes all."""
+    """Whether the kernel for few rows takes arrays of these shapes and dtypes; the XLA form takes all."""
     (rows, columns), out = x.shape, values.shape[-2]
     group, key = columns // groups, ShapeKey.of(x, values, groups, activations)
     whole = columns % LANES == 0 and out % LANES == 0 and (groups == 1 or group % LANES == 0 or LANES % group == 0)
     fits = key.vmem_bytes(config_for(key, chip).within(out)) <= MOST_VMEM_BYTES
     return x.dtype == jnp.bfloat16 and rows <= most_rows(values.dtype, groups) and whole and fits
+
+
+def _is_resident(x: Any, values: Any, groups: int, activations: str | None, chip: str | None) -> bool:
+    """Whether the kernel for many rows takes them."""
+    static = Resident(x.shape[0], *values.shape[-2:], activations is not None, values.dtype != jnp.int8)
+    return x.dtype == jnp.bfloat16 and groups == 1 and chip in RESIDENT_CHIPS and static.serves
 
 
 def _check(x: Any, values: Any, scales: Any, activations: str | None, implementation: str) -> None:

@@ -48,3 +48,19 @@ class Mxfp4Source(Source):
         values = dequantize(read(name, (rows, groups)), read(self._scales_of(name), (rows, groups)))
         first = groups.start * GROUP
         return values[:, columns.start - first : columns.stop - first]
+
+
+@dataclass(frozen=True)
+class Mxfp4ScaleSource(Source):
+    """Scales [rows, groups] stored as exponents of two, half of what they are: values on the device are twice theirs, as NVFP4's."""
+
+    parts: int = 1
+    """Groups on the device that one of the checkpoint's is cut into."""
+
+    def read(self, read: Callable[..., np.ndarray], name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        groups = slice(columns.start // self.parts, -(-columns.stop // self.parts))
+        exponents = read(name, (rows, groups)).astype(np.int32) - _EXPONENT_BIAS
+        start = columns.start - groups.start * self.parts
+        scales = np.ldexp(np.float32(0.5), exponents).repeat(self.parts, axis=1)
+        return scales[:, start : start + columns.stop - columns.start]

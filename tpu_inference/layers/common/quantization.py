@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common.mxfp4 import Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, Nvfp4Source
 from tpu_inference.layers.common.packed import Layout, PackedSource
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
@@ -120,8 +121,8 @@ class Scheme:
     """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row or for groups of its columns."""
     packed: int = 0
     """Bits of a value where they are stored as `PackedSource` reads them, else 0."""
-    layout: Layout | Literal["nvfp4"] = "compressed-tensors"
-    """Of packed values."""
+    layout: Layout | Literal["nvfp4", "mxfp4"] = "compressed-tensors"
+    """Of packed values. The last two have the same ones, and scales of their own."""
     zeros_name: str | None = None
     """Last part of the name of packed values' zero points, where they have any."""
     values_name: str = "weight"
@@ -134,7 +135,7 @@ class Scheme:
     @property
     def stored_dtype(self) -> str:
         """Of the tensor `values_name`, where a weight in full may have that name."""
-        return "uint8" if self.layout == "nvfp4" else self.dtype
+        return "uint8" if self.layout in ("nvfp4", "mxfp4") else self.dtype
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -146,7 +147,7 @@ class Scheme:
         """[rows, columns] of a weight whose values are stored in that shape."""
         if not self.packed:
             return stored[0], stored[1]
-        if self.layout == "nvfp4":
+        if self.layout in ("nvfp4", "mxfp4"):
             return stored[0], 2 * stored[1]
         return PackedSource("", stored, bits=self.packed, layout=self.layout).weight_shape
 
@@ -160,14 +161,14 @@ class Scheme:
             group = self.block[1] and self.block[1] // parts
             return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group)
         name = source.name.removesuffix("weight") + self.values_name
-        if self.layout == "nvfp4":
+        if self.layout in ("nvfp4", "mxfp4"):
             return Nvfp4Source.of(source, name)
         if self.packed:
             return self._packed(source, name)
         return replace(source, name=name)
 
     def _packed(self, source: Source, name: str) -> Source:
-        assert self.layout != "nvfp4"
+        assert self.layout not in ("nvfp4", "mxfp4")
         (rows, columns), words = source.shape, lambda n: -(-n * self.packed // 32)
         shape = {
             "compressed-tensors": (rows, words(columns)),
@@ -185,6 +186,8 @@ class Scheme:
         rows_of_entry = self.block[0] or source.shape[0]
         shape = (-(-source.shape[0] // rows_of_entry), self.groups(source.shape[1]))
         base = source.name.removesuffix("weight")
+        if self.layout == "mxfp4":
+            return Mxfp4ScaleSource(base + self.scales_name, shape, source.offset, parts)
         if self.tensor_scale_name is not None:
             of_tensor = base + self.tensor_scale_name
             return Nvfp4ScaleSource(base + self.scales_name, shape, source.offset, of_tensor, self.divides, parts)

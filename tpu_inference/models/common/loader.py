@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.cache_scales import CacheScaleSource
 from tpu_inference.layers.common.heads import plan_heads
+from tpu_inference.layers.common.mxfp4 import Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, ScalarSource
 from tpu_inference.layers.common.quantization import ScaleSource, has_nan_bytes, without_minus_zero
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, leaves, map_specs
@@ -50,9 +51,13 @@ def _expected_of(checkpoint: Checkpoint, specs: Any) -> dict[str, Source]:
     return expected
 
 
+_SCALES = (ScaleSource, Nvfp4ScaleSource, Mxfp4ScaleSource, ScalarSource, CacheScaleSource)
+
+
 def wrong_scales(name: str, scales: np.ndarray, *, of_cache: bool = False) -> str | None:
     """What is wrong with them; None where nothing is."""
-    scales = scales.astype(np.float32)
+    # Bytes are exponents of MXFP4, and the last one is NaN.
+    scales = np.where(scales == 255, np.nan, scales) if scales.dtype == np.uint8 else scales.astype(np.float32)
     if not np.isfinite(scales).all():
         return f"not finite: {name} has NaN or infinite scales"
     return f"not positive: {name}, a scale of the KV cache" if of_cache and not (scales > 0).all() else None
@@ -85,7 +90,7 @@ def check_tensors(
     problems += [
         problem
         for name, source in expected.items()
-        if isinstance(source, ScaleSource | Nvfp4ScaleSource | ScalarSource | CacheScaleSource) and name in found
+        if isinstance(source, _SCALES) and name in found
         if (problem := wrong_scales(name, checkpoint.read(name), of_cache=isinstance(source, CacheScaleSource)))
     ]
     if problems:  # only then: else values are looked at as they are loaded, and read once

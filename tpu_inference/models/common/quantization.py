@@ -7,6 +7,7 @@ from typing import Any
 from tpu_inference import compat
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common import mxfp4
 from tpu_inference.layers.common.nvfp4 import GROUP
 from tpu_inference.layers.common.quantization import Quantization, Scheme
 from tpu_inference.models.common.quantization_rules import Rules, read_rules
@@ -29,7 +30,7 @@ SERVED = (
 TABLE = (
     "fp8 checkpoints with a scale a tensor or a block; compressed-tensors of int8 (W8A8, W8A16), fp8 (W8A8, W8A16) and "
     "int4 (W4A16); AWQ of 4 bits with zero points; GPTQ of 4 and 8 bits, symmetric and without desc_act; NVFP4 of compressed-tensors and ModelOpt; "
-    "MXFP4 of gpt-oss's experts; "
+    "MXFP4 of compressed-tensors and of gpt-oss's experts; "
     "and at load --quantization fp8_per_channel, int8_per_channel_weight_only (of experts), or online with --quantization-config "
     """'{"linear": "int8_per_channel_static"}', "moe" for experts, or "fp8_per_channel_static", or additional_config {"quantization": RULES}"""
 )
@@ -138,6 +139,8 @@ def _compressed_scheme(weights: Any, activations: Any, layout: str) -> Scheme:
             "int8", (1, GROUP), packed=4, layout="nvfp4", values_name="weight_packed",
             tensor_scale_name="weight_global_scale", divides=True,
         )  # fmt: skip
+    if layout == "mxfp4-pack-quantized" and (kind, strategy, weights.group_size) == ("float4", "group", mxfp4.GROUP):
+        return Scheme("int8", (1, mxfp4.GROUP), packed=4, layout="mxfp4", values_name="weight_packed")
     what = f"compressed-tensors {layout} of {kind} by {strategy}"
     dtype = {"int8": "int8", "int4": "int8", "float8": _FP8}.get(kind)
     packed = layout == "pack-quantized"

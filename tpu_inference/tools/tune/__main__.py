@@ -14,7 +14,7 @@ from tpu_inference.tools.schedule import TOPOLOGIES
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tpu_inference.tools.tune", description=__doc__)
-    parser.add_argument("--op", required=True, help="ragged_paged_attention or flash_attention")
+    parser.add_argument("--op", required=True, help="for instance ragged_paged_attention or quantized_matmul")
     parser.add_argument("--chip", default=CHIPS[0], help=f"one of: {', '.join(TOPOLOGIES)}; default: {CHIPS[0]}")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--shape", help="a name of the op's SHAPES; all named shapes of the same layer are looked at")
