@@ -26,6 +26,8 @@ from fuzz.generate import request
 from helpers.server import TELLING, Server, server, wait_until
 
 CSV = RESULTS / "soak.csv"
+BLOCKS = 21
+"""Of the KV cache, one of them the null block: the longest request takes 16, so that others are preempted for it."""
 PROBE = dict(prompt="Once upon a time", max_tokens=32)
 COLUMNS = (
     "seconds",
@@ -121,7 +123,9 @@ def run(args: argparse.Namespace) -> None:
     rows: list[dict[str, float]] = []
     with (
         tempfile.TemporaryDirectory() as directory,
-        server(Path(directory) / "log", *TELLING.args, env=TELLING.env) as target,
+        server(
+            Path(directory) / "log", *TELLING.args, "--num-gpu-blocks-override", str(BLOCKS), env=TELLING.env
+        ) as target,
     ):
         load, start = Load(target, args.clients, args.seed), time.monotonic()
         before: dict[str, float] = {"seconds": 0.0, "tokens": target.metric("vllm:generation_tokens_total")}
@@ -139,7 +143,9 @@ def run(args: argparse.Namespace) -> None:
         wait_until(target.is_idle, 60, "the requests are gone")
         left = target.live_state()
         write("soak.md", render(rows, load, left))
-    sys.exit(bool(load.problems or any(left.values())))
+    if not rows[-1]["preemptions"]:
+        load.problems.append("no request was preempted: the load says nothing of preemption")
+    sys.exit("\n".join(load.problems[:20]) or bool(any(left.values())))
 
 
 def render(rows: list[dict[str, float]], load: Load, left: dict[str, int]) -> str:
@@ -163,8 +169,8 @@ def render(rows: list[dict[str, float]], load: Load, left: dict[str, int]) -> st
             "# Soak",
             machine_line(),
             f"{end / 60:.1f} minutes of the fuzzer's requests (`tests/fuzz`: valid, hostile, streamed, abandoned) from {load.clients} clients, and a "
-            f"probe of {PROBE['max_tokens']} greedy tokens, which is what the latencies are of. The demo model on the CPU backend, a KV cache for "
-            "three requests of the longest kind. Memory is what each process holds for itself (USS). Medians over the samples of a part:",
+            f"probe of {PROBE['max_tokens']} greedy tokens, which is what the latencies are of. The demo model on the CPU backend, a KV cache of "
+            f"{BLOCKS - 1} blocks, of which the longest request takes 16. Memory is what each process holds for itself (USS). Medians over the samples of a part:",
             table(["", *shown], lines),
             f"- Requests by status: {statuses}\n"
             f"- Preemptions: {rows[-1]['preemptions']:.0f}\n"

@@ -37,7 +37,8 @@ def test_alone_in_a_batch_chunked_and_prefix_cached(zoo, name):
     # The buckets of 16 and 20 requests are no family's own.
     with engine(path, max_num_seqs=20 if name == "llama" else 8) as llm:
         alone = batch[-1]
-        check(path, [alone], tokens(llm, [alone], COUNT))
+        (answer,) = tokens(llm, [alone], COUNT)
+        assert answer == chosen(path, alone, answer)
         together = tokens(llm, batch, COUNT)
         check(path, batch, together)
         longest = max(batch, key=len)
