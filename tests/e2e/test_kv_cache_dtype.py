@@ -100,6 +100,23 @@ def test_scales_of_the_checkpoint(zoo, tmp_path, kind, names, flags, impl):
     assert likeness(expected, found) > 0.9
 
 
+def test_latents(zoo, tmp_path):
+    """Of DeepSeek, with the checkpoint's k_scale: a byte a number, and answers are as with a cache of the model's type."""
+    made, twin = quantized_models.save(
+        zoo("deepseek-v3@8"), "fp8-tensor", tmp_path, change=with_scales(0.5, 0.25, ("k_scale", "v_scale"))
+    )
+    with engine(twin, dtype="bfloat16") as llm:
+        expected = of_prompts(llm)
+        whole = sum(pages.nbytes for pages in runner(llm).kv_cache.pages)
+    with engine(made, dtype="bfloat16", kv_cache_dtype="fp8") as llm:
+        run = runner(llm)
+        assert 2 * sum(pages.nbytes for pages in run.kv_cache.pages) == whole
+        leaves = jax.tree_util.tree_leaves_with_path(run.functions.params)
+        found = of_prompts(llm)
+    assert all((np.asarray(x)[..., 0] == 0.5).all() for path, x in leaves if "kv_scales" in str(path))
+    assert likeness(expected, found) > 0.9
+
+
 def test_on_two_devices(zoo, plain):
     with engine(zoo("llama@8"), kv_cache_dtype="fp8", tensor_parallel_size=2) as llm:
         found = of_prompts(llm)

@@ -91,12 +91,6 @@ def test_fields_that_are_not_served(fields, said):
         built(**fields)
 
 
-def test_a_cache_of_one_byte_a_number_is_refused():
-    ctx = BuildContext(mesh(), jnp.bfloat16, 256, True, kv_cache_dtype="float8_e4m3fn")
-    with pytest.raises(TpuInferenceError, match=r"not served with latent attention.*--kv-cache-dtype auto"):
-        DeepseekV3ForCausalLM(config(), ctx)
-
-
 @pytest.mark.parametrize(("heads", "shards", "slots"), [(4, 2, 2), (3, 2, 2), (4, 8, 1)])
 def test_heads_are_divided_and_latents_are_on_every_device(heads, shards, slots):
     from tpu_inference.models.common.loader import model_functions

@@ -48,8 +48,10 @@ def attend_pallas(
     """
     num_tokens, num_heads, _ = q_latent.shape
     table_width, lengths = block_tables.shape[1], query_start_loc[1:] - query_start_loc[:-1]
+    # Those at the front: rows may be cut, and what is left of one may be one token too.
+    num_decodes = (jnp.cumsum(lengths != 1) == 0).sum(dtype=jnp.int32)
     scalars = jnp.stack([
-        (lengths == 1).sum(dtype=jnp.int32), (lengths > 0).sum(dtype=jnp.int32), jnp.asarray(page_offset, jnp.int32), jnp.int32(NO_WINDOW)
+        num_decodes, (lengths > 0).sum(dtype=jnp.int32), jnp.asarray(page_offset, jnp.int32), jnp.int32(NO_WINDOW)
     ])  # fmt: skip
     kv_scale = jnp.asarray(kv_scale, jnp.float32)
     factors = jnp.stack([q_factor(scale) * kv_scale, kv_scale])

@@ -39,6 +39,7 @@ def latent_attention(
     *,
     mesh: Mesh,
     scale: float,
+    kv_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Write this step's latents into the pages of `layer`, then attend over them in absorbed form; see `kernels.mla.mla_attention`.
 
@@ -49,6 +50,7 @@ def latent_attention(
         k_rope: [T, rope_dim].
         kv_cache: donated by the step; the result replaces it.
         layer: as `attention` takes it.
+        kv_scale: float32 scalar, what pages of a byte a number hold latents and rotated keys divided by; None for 1.
 
     Returns:
         (outputs as latents [T, num_heads, kv_lora_rank], the updated cache).
@@ -56,7 +58,7 @@ def latent_attention(
     index, page_offset, group = kv_cache.locate(layer)
     op = _op(mesh, scale, implementation_for(mesh.devices.flat[0]))
     tables = (meta.block_tables[group], meta.seq_lens, meta.query_start_loc, page_offset)
-    out, pages = op(q_latent, q_rope, kv_latent, k_rope, kv_cache.pages[index], *tables)
+    out, pages = op(q_latent, q_rope, kv_latent, k_rope, kv_cache.pages[index], *tables, kv_scale)
     return out, KVCache((*kv_cache.pages[:index], pages, *kv_cache.pages[index + 1 :]), kv_cache.layout)
 
 
@@ -65,14 +67,15 @@ def _op(mesh: Mesh, scale: float, implementation: Implementation) -> Callable[..
     """The op over `mesh` by heads, traced once for all layers that loop."""
 
     def op(*args):
-        return mla_attention(*args, scale=scale, implementation=implementation)
+        *args, kv_scale = args
+        return mla_attention(*args, scale=scale, kv_scale=kv_scale, implementation=implementation)
 
     if mesh.size > 1:
         heads, pages, whole = spec((None, "heads", None)), spec(LATENT_PAGES_AXES), PartitionSpec()
         op = jax.shard_map(
             op,
             mesh=mesh,
-            in_specs=(heads, heads, whole, whole, pages, whole, whole, whole, whole),
+            in_specs=(heads, heads, whole, whole, pages, whole, whole, whole, whole, whole),
             out_specs=(heads, pages),
             check_vma=False,
         )

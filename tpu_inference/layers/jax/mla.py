@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.attention import KVCache
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.cache_scales import cache_scales
 from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.linear import before_split
 from tpu_inference.layers.common.mla import latent_attention, times_heads
@@ -31,18 +31,14 @@ class LatentAttention(nnx.Module):
     """One layer's attention. Heads are divided among the devices; the low-rank projections and the latents are whole on each."""
 
     def __init__(self, cfg: DecoderConfig, ctx: BuildContext) -> None:
-        """Raises TpuInferenceError for a cache of one byte a number, whose scales are not read."""
         assert cfg.mla is not None
-        if ctx.kv_cache_dtype:
-            raise TpuInferenceError(
-                "A KV cache of one byte a number is not served with latent attention (DeepSeek): use --kv-cache-dtype auto, "
-                "or VLLM_MLA_DISABLE=1 for vLLM's PyTorch class."
-            )
         self.mla = mla = cfg.mla
         self.scale, self.mesh, self.accumulate_dtype = cfg.scale, ctx.mesh, ctx.accumulate_dtype
         self.layer, self.hidden, self.num_heads = cfg.names.layer, cfg.hidden_size, cfg.num_heads
         self.slots = plan_heads(cfg.num_heads, cfg.num_heads, ctx.shards).q_slots
         self._declare_down(ctx)
+        # K's is that of latents and of rotated keys; checkpoints may have V's beside it.
+        self.kv_scales = nnx.Param(cache_scales(f"{self.layer}.self_attn")) if ctx.kv_cache_dtype else None
         q = self._source("q_b_proj" if mla.q_rank else "q_proj", cfg.num_heads * mla.qk_dim, mla.q_rank or self.hidden)
         inner = None if mla.q_rank else "embed"
         self.q = Linear(
@@ -122,6 +118,7 @@ class LatentAttention(nnx.Module):
             meta,
             mesh=self.mesh,
             scale=self.scale,
+            kv_scale=None if self.kv_scales is None else self.kv_scales[...][0],
         )
         values = times_heads(out, self._by_head(self.v_up), 2, self.accumulate_dtype)
         return self.o(values.reshape(tokens, -1), in_stack), kv_cache
