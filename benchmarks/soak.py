@@ -170,7 +170,8 @@ def render(rows: list[dict[str, float]], load: Load, left: dict[str, int]) -> st
             machine_line(),
             f"{end / 60:.1f} minutes of the fuzzer's requests (`tests/fuzz`: valid, hostile, streamed, abandoned) from {load.clients} clients, and a "
             f"probe of {PROBE['max_tokens']} greedy tokens, which is what the latencies are of. The demo model on the CPU backend, a KV cache of "
-            f"{BLOCKS - 1} blocks, of which the longest request takes 16. Memory is what each process holds for itself (USS). Medians over the samples of a part:",
+            f"{BLOCKS - 1} blocks, of which the longest request takes 16. "
+            "Memory is what each process holds for itself (USS). Medians over the samples of a part:",
             table(["", *shown], lines),
             f"- Requests by status: {statuses}\n"
             f"- Preemptions: {rows[-1]['preemptions']:.0f}\n"

@@ -100,7 +100,8 @@ def test_scales_of_the_checkpoint(zoo, tmp_path, kind, names, flags, impl):
     assert likeness(expected, found) > 0.9
 
 
-def test_latents(zoo, tmp_path):
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_latents(zoo, tmp_path, devices):
     """Of DeepSeek, with the checkpoint's k_scale: a byte a number, and answers are as with a cache of the model's type."""
     made, twin = quantized_models.save(
         zoo("deepseek-v3@8"), "fp8-tensor", tmp_path, change=with_scales(0.5, 0.25, ("k_scale", "v_scale"))
@@ -108,12 +109,13 @@ def test_latents(zoo, tmp_path):
     with engine(twin, dtype="bfloat16") as llm:
         expected = of_prompts(llm)
         whole = sum(pages.nbytes for pages in runner(llm).kv_cache.pages)
-    with engine(made, dtype="bfloat16", kv_cache_dtype="fp8") as llm:
+    with engine(made, dtype="bfloat16", kv_cache_dtype="fp8", tensor_parallel_size=devices) as llm:
         run = runner(llm)
         assert 2 * sum(pages.nbytes for pages in run.kv_cache.pages) == whole
         leaves = jax.tree_util.tree_leaves_with_path(run.functions.params)
+        scales = [np.asarray(x) for path, x in leaves if "kv_scales" in str(path)]
         found = of_prompts(llm)
-    assert all((np.asarray(x)[..., 0] == 0.5).all() for path, x in leaves if "kv_scales" in str(path))
+    assert scales and all((x[..., 0] == 0.5).all() for x in scales)
     assert likeness(expected, found) > 0.9
 
 
