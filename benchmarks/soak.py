@@ -142,9 +142,9 @@ def run(args: argparse.Namespace) -> None:
             load.stop()
         wait_until(target.is_idle, 60, "the requests are gone")
         left = target.live_state()
+        if not rows[-1]["preemptions"]:
+            load.problems.append("no request was preempted: the load says nothing of preemption")
         write("soak.md", render(rows, load, left))
-    if not rows[-1]["preemptions"]:
-        load.problems.append("no request was preempted: the load says nothing of preemption")
     sys.exit("\n".join(load.problems[:20]) or bool(any(left.values())))
 
 
@@ -175,7 +175,7 @@ def render(rows: list[dict[str, float]], load: Load, left: dict[str, int]) -> st
             table(["", *shown], lines),
             f"- Requests by status: {statuses}\n"
             f"- Preemptions: {rows[-1]['preemptions']:.0f}\n"
-            f"- Answers that were wrong, 5xx of ours, hangs: {len(load.problems)}\n"
+            f"- Answers that were wrong, hangs, 5xx that `tests/fuzz/known_errors.json` does not lay to vLLM: {len(load.problems)}\n"
             f"- Left at the end: {', '.join(f'{count} {name}' for name, count in left.items())}, no block of the KV cache",
             "![Memory, latency and tokens a second over time](soak.svg)",
             *load.problems[:20],

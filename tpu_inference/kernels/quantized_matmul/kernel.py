@@ -8,7 +8,7 @@ The matrix units of v5e, v6e and tpu7x take float8 weights beside bfloat16 rows 
 times smaller, which loses nothing but NaN); int8 is converted before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -245,30 +245,41 @@ def quantized_matmul_pallas(
     key = ShapeKey.of(x, values, groups, activations)
     if blocked.sliced:
         scales = jax.lax.dynamic_index_in_dim(scales, layer, keepdims=True)
+    scratch = [
+        pltpu.VMEM((rows, columns), x.dtype),
+        pltpu.VMEM((blocked.slots, blocked.block, columns), values.dtype),
+        pltpu.VMEM((groups, out), jnp.float32),
+        pltpu.VMEM((blocked.num_blocks, rows, blocked.block), x.dtype),
+        pltpu.SemaphoreType.DMA((blocked.slots,)),
+        pltpu.SemaphoreType.DMA((LAST_PARTS,)),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA,
+        *prepared,
+    ]
+    vmem_bytes = max(key.vmem_bytes(config) + SPARE_VMEM_BYTES, 16 * MIB)
+    return call(partial(_body, blocked=blocked), x, values, scales, layer, scratch, vmem_bytes, interpret)
+
+
+def call(
+    body: Callable[..., None], x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array, scratch: list[Any],
+    vmem_bytes: int, interpret: Any,
+) -> jax.Array:  # fmt: skip
+    """[rows, out] of a kernel that moves everything itself: its references are the layer, x, values and scales [layers, groups, out], all in HBM, the
+    result, and `scratch`."""
     stacks = (values, scales.swapaxes(1, 2))
     if not interpret:  # else XLA would bring all of a stack that is small enough into VMEM, anew for each layer
         stacks = tuple(pltpu.with_memory_space_constraint(stack, pltpu.HBM) for stack in stacks)
     return pl.pallas_call(
-        partial(_body, blocked=blocked),
-        out_shape=jax.ShapeDtypeStruct((rows, out), x.dtype),
+        body,
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], scales.shape[1]), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 3,
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[
-                pltpu.VMEM((rows, columns), x.dtype),
-                pltpu.VMEM((blocked.slots, blocked.block, columns), values.dtype),
-                pltpu.VMEM((groups, out), jnp.float32),
-                pltpu.VMEM((blocked.num_blocks, rows, blocked.block), x.dtype),
-                pltpu.SemaphoreType.DMA((blocked.slots,)),
-                pltpu.SemaphoreType.DMA((LAST_PARTS,)),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA,
-                *prepared,
-            ],
+            scratch_shapes=scratch,
         ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=max(key.vmem_bytes(config) + SPARE_VMEM_BYTES, 16 * MIB)),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_bytes),
         name=NAME,
         interpret=interpret,
     )(layer.reshape(1), x, *stacks)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.quantized_matmul.config import LANES, MIB
-from tpu_inference.kernels.quantized_matmul.kernel import NAME
+from tpu_inference.kernels.quantized_matmul.kernel import call
 
 BLOCK_ROWS = 512
 BLOCKS_OUT = (512, 256)
@@ -244,32 +244,18 @@ def quantized_matmul_resident(
     """As the op, with values [layers, out, in] and scales [layers, out, 1] of shapes that `Resident.serves`."""
     (rows, columns), (_, out, _) = x.shape, scales.shape
     static = Resident(rows, out, columns, activations is not None, values.dtype != jnp.int8)
-    stacks = (values, scales.swapaxes(1, 2))
-    if not interpret:  # see quantized_matmul_pallas
-        stacks = tuple(pltpu.with_memory_space_constraint(stack, pltpu.HBM) for stack in stacks)
     rounded = [pltpu.VMEM((BLOCK_ROWS, columns), jnp.int8)] * 2 + [pltpu.VMEM((BLOCK_ROWS, 1), jnp.float32)] * 2
-    return pl.pallas_call(
-        partial(_body, static=static),
-        out_shape=jax.ShapeDtypeStruct((rows, out), x.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 3,
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[
-                pltpu.VMEM((2, BLOCK_ROWS, columns), x.dtype),
-                pltpu.VMEM((out, columns), values.dtype),
-                pltpu.VMEM((1, out), jnp.float32),
-                pltpu.VMEM((SLOTS, BLOCK_ROWS, static.block_out), x.dtype),
-                pltpu.SemaphoreType.DMA((FIRST_PARTS,)),
-                pltpu.SemaphoreType.DMA((2,)),
-                pltpu.SemaphoreType.DMA((static.blocks,)),
-                pltpu.SemaphoreType.DMA,
-                pltpu.SemaphoreType.DMA((SLOTS,)),
-                *(rounded if activations else ()),
-            ],
-        ),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=static.vmem_bytes + SPARE_VMEM_BYTES),
-        name=NAME,
-        interpret=interpret,
-    )(layer.reshape(1), x, *stacks)
+    scratch = [
+        pltpu.VMEM((2, BLOCK_ROWS, columns), x.dtype),
+        pltpu.VMEM((out, columns), values.dtype),
+        pltpu.VMEM((1, out), jnp.float32),
+        pltpu.VMEM((SLOTS, BLOCK_ROWS, static.block_out), x.dtype),
+        pltpu.SemaphoreType.DMA((FIRST_PARTS,)),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((static.blocks,)),
+        pltpu.SemaphoreType.DMA,
+        pltpu.SemaphoreType.DMA((SLOTS,)),
+        *(rounded if activations else ()),
+    ]
+    vmem_bytes = static.vmem_bytes + SPARE_VMEM_BYTES
+    return call(partial(_body, static=static), x, values, scales, layer, scratch, vmem_bytes, interpret)

@@ -34,7 +34,7 @@ class CacheScaleSource(Source):
         return np.full(1, self.default, np.float32)
 
 
-def cache_scales(attention: str) -> WeightSpec:
-    """float32 [2] of the attention module of that name: K's and V's."""
-    pieces = tuple(Piece(1, CacheScaleSource(f"{attention}.{name}", ())) for name in ("k_scale", "v_scale"))
-    return WeightSpec((2,), np.float32, (None,), pieces, init="ones")
+def cache_scales(attention: str, names: tuple[str, ...] = ("k_scale", "v_scale")) -> WeightSpec:
+    """float32 [len(names)] of the attention module of that name: K's and V's, or K's alone of latents."""
+    pieces = tuple(Piece(1, CacheScaleSource(f"{attention}.{name}", ())) for name in names)
+    return WeightSpec((len(names),), np.float32, (None,), pieces, init="ones")

@@ -107,6 +107,10 @@ class _RoundedAtLoad(Source):
         return np.concatenate([(scales if self.wants_scales else values)[:, columns] for _, scales, values in parts])
 
 
+FP4 = ("nvfp4", "mxfp4")
+"""Layouts of e2m1 values, two a byte, which differ in their scales."""
+
+
 @dataclass(frozen=True)
 class Scheme:
     """One way of storing the weights of linear layers."""
@@ -122,7 +126,7 @@ class Scheme:
     packed: int = 0
     """Bits of a value where they are stored as `PackedSource` reads them, else 0."""
     layout: Layout | Literal["nvfp4", "mxfp4"] = "compressed-tensors"
-    """Of packed values. The last two have the same ones, and scales of their own."""
+    """Of packed values."""
     zeros_name: str | None = None
     """Last part of the name of packed values' zero points, where they have any."""
     values_name: str = "weight"
@@ -135,7 +139,7 @@ class Scheme:
     @property
     def stored_dtype(self) -> str:
         """Of the tensor `values_name`, where a weight in full may have that name."""
-        return "uint8" if self.layout in ("nvfp4", "mxfp4") else self.dtype
+        return "uint8" if self.layout in FP4 else self.dtype
 
     @property
     def stored_names(self) -> tuple[str, ...]:
@@ -147,7 +151,7 @@ class Scheme:
         """[rows, columns] of a weight whose values are stored in that shape."""
         if not self.packed:
             return stored[0], stored[1]
-        if self.layout in ("nvfp4", "mxfp4"):
+        if self.layout in FP4:
             return stored[0], 2 * stored[1]
         return PackedSource("", stored, bits=self.packed, layout=self.layout).weight_shape
 
@@ -161,14 +165,14 @@ class Scheme:
             group = self.block[1] and self.block[1] // parts
             return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group)
         name = source.name.removesuffix("weight") + self.values_name
-        if self.layout in ("nvfp4", "mxfp4"):
+        if self.layout in FP4:
             return Nvfp4Source.of(source, name)
         if self.packed:
             return self._packed(source, name)
         return replace(source, name=name)
 
     def _packed(self, source: Source, name: str) -> Source:
-        assert self.layout not in ("nvfp4", "mxfp4")
+        assert self.layout not in FP4
         (rows, columns), words = source.shape, lambda n: -(-n * self.packed // 32)
         shape = {
             "compressed-tensors": (rows, words(columns)),

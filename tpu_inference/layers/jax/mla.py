@@ -37,8 +37,10 @@ class LatentAttention(nnx.Module):
         self.layer, self.hidden, self.num_heads = cfg.names.layer, cfg.hidden_size, cfg.num_heads
         self.slots = plan_heads(cfg.num_heads, cfg.num_heads, ctx.shards).q_slots
         self._declare_down(ctx)
-        # K's is that of latents and of rotated keys; checkpoints may have V's beside it.
-        self.kv_scales = nnx.Param(cache_scales(f"{self.layer}.self_attn")) if ctx.kv_cache_dtype else None
+        # K's is that of latents and of rotated keys; V's, which checkpoints may have beside it, is read over.
+        self.kv_scales = (
+            nnx.Param(cache_scales(f"{self.layer}.self_attn", ("k_scale",))) if ctx.kv_cache_dtype else None
+        )
         q = self._source("q_b_proj" if mla.q_rank else "q_proj", cfg.num_heads * mla.qk_dim, mla.q_rank or self.hidden)
         inner = None if mla.q_rank else "embed"
         self.q = Linear(
