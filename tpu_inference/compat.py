@@ -9,6 +9,7 @@
 | `DefaultModelLoader._prepare_weights` | `weight_files` | the one place that knows hubs, revisions and which files count | it is public |
 | `ModelRegistry.register_model` with a class never built | `declare_architecture` | vLLM asks a PyTorch class what a model can do | a platform can answer |
 | `get_engine_process_shutdown_timeout` wrapped | `grant_engine_shutdown_grace` | SIGTERM with requests running kills the engine at once, and the server hangs | the grace is not ROCm's alone |
+| `gc.freeze` at exit | `skip_the_last_collection` | the interpreter collects garbage once more when a process ends, long after SIGTERM | vLLM's processes freeze it themselves |
 | `terminate_if_errored` of the API server wrapped | `exit_with_error_when_engine_dies` | the server exits with 0 when its engine has died, which supervisors take for success | it exits with an error |
 | `VLLM_WORKER_MULTIPROC_METHOD` | `choose_start_method` | vLLM forks the engine unless CUDA has started; it does not look at JAX | it asks the platform |
 | `import torchax` | `import_torchax` | torchax 0.0.13 names ATen overloads that torch 2.13 has dropped | a torchax made for torch 2.13 |
@@ -27,6 +28,7 @@
 """
 
 import atexit
+import gc
 import logging
 import os
 import shutil
@@ -162,6 +164,11 @@ def grant_engine_shutdown_grace() -> None:
 
     with_grace.grants_grace = True  # type: ignore[attr-defined]
     utils.get_engine_process_shutdown_timeout = with_grace
+
+
+def skip_the_last_collection() -> None:
+    """Let this process end without a last look for garbage: through all that vLLM and the compiler have made it takes two seconds."""
+    atexit.register(gc.freeze)
 
 
 _SERVER_MODULES = (

@@ -280,6 +280,26 @@ def compiled_anew(started):
     return [int(found[0]) - int(found[1]) for found in (at_start, *later.findall(started.log))]
 
 
+def end_while_busy(started):
+    """(seconds from SIGTERM until the server has exited, its clients); none of them waits any longer, and no process is left."""
+    clients = InFlight(started)
+    start = time.monotonic()
+    started.process.send_signal(signal.SIGTERM)
+    started.process.wait(20)
+    took = time.monotonic() - start
+    clients.join(10)
+    wait_until(lambda: not started.alive(), 5, "its processes are gone")
+    return took, clients
+
+
+def test_several_api_servers_and_sigterm(directory):
+    """vLLM ends them without a last answer; no client waits for one."""
+    several = ("--api-server-count", "2")
+    with server(directory / "several.log", *TELLING.args[-2:], *several, cache=directory / "cache") as started:
+        took, _ = end_while_busy(started)
+    assert took <= EXIT_S
+
+
 def test_a_damaged_cache_entry_and_sigterm(pair, first, directory):
     """That program is compiled again, with one warning, and the start after finds it; told to end, a busy server is gone in five seconds."""
     entries = sorted(Path(directory / "cache").glob("*.program"), key=lambda file: file.stat().st_size)
@@ -291,13 +311,7 @@ def test_a_damaged_cache_entry_and_sigterm(pair, first, directory):
         assert damaged.name in warning and "damaged" in warning
         assert third.complete(STORY, max_tokens=30)["text"] == first[0]
         assert damaged.exists()
-        clients = InFlight(third)
-        start = time.monotonic()
-        third.process.send_signal(signal.SIGTERM)
-        third.process.wait(20)
-        took = time.monotonic() - start
-        clients.join(10)
-        wait_until(lambda: not third.alive(), 5, "its processes are gone")
+        took, clients = end_while_busy(third)
     assert took <= EXIT_S
     assert not any("no answer" in end for end in clients.ends), clients.ends
 

@@ -19,6 +19,7 @@ from tpu_inference.compat import (
     grant_engine_shutdown_grace,
     loaded_logits_processors,
     quiet_torch_accelerator,
+    skip_the_last_collection,
 )
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype
@@ -199,6 +200,7 @@ class TpuPlatform(Platform):
         exit_with_error_when_engine_dies()  # first: what is registered later is left in peace at exit
         metrics.expose()
         grant_engine_shutdown_grace()
+        skip_the_last_collection()
         choose_start_method()
         parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
         if parallel.worker_cls == "auto":

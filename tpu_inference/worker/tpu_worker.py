@@ -19,7 +19,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOu
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from tpu_inference import envs
-from tpu_inference.compat import keep_torch_to_one_thread_if_forked, quiet_torch_accelerator
+from tpu_inference.compat import keep_torch_to_one_thread_if_forked, quiet_torch_accelerator, skip_the_last_collection
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.sharding import make_mesh
 from tpu_inference.logger import init_logger
@@ -67,6 +67,7 @@ class TPUWorker(WorkerBase):
     def init_device(self) -> None:
         quiet_torch_accelerator()
         keep_torch_to_one_thread_if_forked()
+        skip_the_last_collection()
         parallel = self.parallel_config.tensor_parallel_size
         with self.report.phase("device") as phase:
             detection = detect()
