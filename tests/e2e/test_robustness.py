@@ -292,10 +292,11 @@ def end_while_busy(started):
     return took, clients
 
 
-def test_several_api_servers_and_sigterm(directory):
+def test_several_api_servers_and_sigterm(first, directory):
     """vLLM ends them without a last answer; no client waits for one."""
     several = ("--api-server-count", "2")
     with server(directory / "several.log", *TELLING.args[-2:], *several, cache=directory / "cache") as started:
+        assert started.complete(STORY, max_tokens=30)["text"] == first[0]
         took, _ = end_while_busy(started)
     assert took <= EXIT_S
 
