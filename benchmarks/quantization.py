@@ -27,6 +27,8 @@ LENGTH = 256
 BARS = {"int8": 0.02, "fp8": 0.02, "4-bit": 0.06}
 GROUP = 32
 FP8 = torch.float8_e4m3fn
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+"""What three bits of a four-bit float mean."""
 Tensors = dict[str, torch.Tensor]
 
 
@@ -94,6 +96,46 @@ def awq(base: str, weight: torch.Tensor) -> Tensors:
     }
 
 
+def _e2m1(groups: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes of four bits, what they mean), the nearest values."""
+    codes = ((groups / scales).abs()[..., None] - E2M1).abs().argmin(-1)
+    return codes + 8 * (groups < 0), E2M1[codes] * scales * groups.sign()
+
+
+def _pairs(codes: torch.Tensor) -> torch.Tensor:
+    """uint8, two neighbours in a byte."""
+    return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def mxfp4(base: str, weight: torch.Tensor) -> Tensors:
+    """compressed-tensors, mxfp4-pack-quantized: scales are powers of two."""
+    groups = weight.reshape(weight.shape[0], -1, GROUP)
+    power = lambda scales: scales.log2().round().exp2()  # noqa: E731
+    full = groups.abs().amax(-1, keepdim=True) / 6
+    scales = power(_best_of_scales(groups, full, lambda s: _e2m1(groups, power(s))[1]))
+    codes, _ = _e2m1(groups, scales)
+    return {
+        base + "weight_packed": _pairs(codes.reshape(weight.shape)),
+        base + "weight_scale": (scales[..., 0].log2() + 127).to(torch.uint8),
+    }
+
+
+def nvfp4(base: str, weight: torch.Tensor) -> Tensors:
+    """compressed-tensors, nvfp4-pack-quantized: float8 scales of 16 weights, times one of the matrix."""
+    groups = weight.reshape(weight.shape[0], -1, 16)
+    full = groups.abs().amax(-1, keepdim=True) / 6
+    whole = full.max() / 448
+    stored = lambda scales: (scales / whole).clamp(max=448).to(FP8)  # noqa: E731
+    scales = stored(_best_of_scales(groups, full, lambda s: _e2m1(groups, stored(s).float() * whole)[1]))
+    codes, _ = _e2m1(groups, scales.float() * whole)
+    return {
+        base + "weight_packed": _pairs(codes.reshape(weight.shape)),
+        base + "weight_scale": scales[..., 0],
+        base + "weight_global_scale": (1 / whole)[None],
+        base + "input_global_scale": torch.ones(1),
+    }
+
+
 def compressed(layout: str, weights: dict[str, Any], activations: dict[str, Any] | None = None) -> dict[str, Any]:
     """What config.json says of compressed-tensors."""
     group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}, "input_activations": activations}
@@ -107,6 +149,7 @@ def compressed(layout: str, weights: dict[str, Any], activations: dict[str, Any]
 
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
 TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+FP4 = {"num_bits": 4, "type": "float"}
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
 CHECKPOINTS: dict[str, tuple[Callable[[str, torch.Tensor], Tensors], dict[str, Any]]] = {
     "int8 weights and activations (W8A8)": (int8_channel, compressed("int-quantized", INT8, TOKENS)),
@@ -118,6 +161,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[str, torch.Tensor], Tensors], dict[str, A
     f"4-bit, groups of {GROUP}, zero points (AWQ)": (
         awq,
         {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True},
+    ),
+    f"4-bit floats, groups of {GROUP} (MXFP4)": (
+        mxfp4,
+        compressed(
+            "mxfp4-pack-quantized", {**FP4, "strategy": "group", "group_size": GROUP, "scale_dtype": "torch.uint8"}
+        ),
+    ),
+    "4-bit floats, groups of 16 (NVFP4)": (
+        nvfp4,
+        compressed("nvfp4-pack-quantized", {**FP4, "strategy": "tensor_group", "group_size": 16}),
     ),
 }
 AT_LOAD: dict[str, dict[str, Any]] = {

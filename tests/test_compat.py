@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tpu_inference import compat
+from tpu_inference.compat import processes
 
 SCRIPT = """
 import torch
@@ -24,10 +24,12 @@ print("ANSWER", llm.generate("Once upon a time", SamplingParams(temperature=0, m
 @pytest.fixture
 def environment(monkeypatch):
     """`set(value)` sets the variable or, with None, takes it away; it is as before after the test."""
-    monkeypatch.setenv(compat.START_METHOD, "fork")
+    monkeypatch.setenv(processes.START_METHOD, "fork")
 
     def set_to(value):
-        monkeypatch.delenv(compat.START_METHOD) if value is None else monkeypatch.setenv(compat.START_METHOD, value)
+        monkeypatch.delenv(processes.START_METHOD) if value is None else monkeypatch.setenv(
+            processes.START_METHOD, value
+        )
 
     return set_to
 
@@ -45,16 +47,16 @@ def environment(monkeypatch):
 )
 def test_no_fork_once_jax_has_started(monkeypatch, environment, started, before, after, warns):
     logged = []
-    monkeypatch.setattr(compat.logger, "warning", lambda *args: logged.append(args))
-    monkeypatch.setattr(compat, "jax_has_started", lambda: started)
+    monkeypatch.setattr(processes.logger, "warning", lambda *args: logged.append(args))
+    monkeypatch.setattr(processes, "jax_has_started", lambda: started)
     environment(before)
-    compat.choose_start_method()
-    assert os.environ.get(compat.START_METHOD) == after
+    processes.choose_start_method()
+    assert os.environ.get(processes.START_METHOD) == after
     assert bool(logged) == warns
 
 
 def test_jax_has_started_is_seen():
-    code = "from tpu_inference.compat import jax_has_started as s; a = s(); import jax; b = s(); jax.devices(); print(a, b, s())"
+    code = "from tpu_inference.compat.processes import jax_has_started as s; a = s(); import jax; b = s(); jax.devices(); print(a, b, s())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
         "False", "False", "True",
     ]  # fmt: skip
@@ -66,7 +68,7 @@ def test_a_script_without_a_main_guard(tmp_path):
     """vLLM forks the engine by default, and its users' scripts count on it."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    env = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", compat.START_METHOD)}
+    env = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", processes.START_METHOD)}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=180)
     assert done.stdout.count("ANSWER") == 1, done.stdout + done.stderr
 
@@ -77,14 +79,14 @@ STILL_NEEDED = {
         "import torch, vllm.ir.op as op; assert not op._ENABLE_TORCH_WRAP, 'wrapped'"
     ),
     "torch.accelerator fails once torchax is imported": (
-        "from tpu_inference import compat\n"
-        "compat.quiet_torch_accelerator = lambda: None\n"
-        "compat.import_torchax()\n"
+        "from tpu_inference.compat import lowering\n"
+        "lowering.quiet_torch_accelerator = lambda: None\n"
+        "lowering.import_torchax()\n"
         "import torch\n"
         "torch.accelerator.empty_cache(); torch.accelerator.synchronize()"
     ),
 }
-"""What a function of compat.py is for -> code that fails without it. When one of these runs, that function can go."""
+"""What a function of compat is for -> code that fails without it. When one of these runs, that function can go."""
 
 
 @pytest.mark.slow
@@ -97,6 +99,6 @@ def test_what_is_worked_around_is_still_so(why):
 
 @pytest.mark.slow
 def test_torchax_is_imported_all_the_same():
-    code = "from tpu_inference.compat import import_torchax as i; print(i().__name__, i() is i())"
+    code = "from tpu_inference.compat.lowering import import_torchax as i; print(i().__name__, i() is i())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["torchax", "True"], done.stderr

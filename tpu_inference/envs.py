@@ -260,7 +260,7 @@ def forwarded() -> list[str]:
 def register_with_vllm() -> None:
     """Add our variables to vLLM's own table, so that it neither warns about them nor fails to forward them to workers.
 
-    Names that vLLM has keep vLLM's reader. See compat.py: the table is not a documented interface.
+    Names that vLLM has keep vLLM's reader. See compat: the table is not a documented interface.
     """
     import vllm.envs
 

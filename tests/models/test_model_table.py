@@ -68,9 +68,9 @@ def test_no_row_is_both_served_and_refused():
     [("HunYuanMoEV1ForCausalLM", "operations_that_call_modules"), ("DbrxForCausalLM", "as_loader_looks_for")],
 )
 def test_what_is_worked_around_is_still_so(architecture, workaround, directory, monkeypatch):
-    """Without it the model is not served: when it is, that function of compat.py can go."""
+    """Without it the model is not served: when it is, that function of compat can go."""
     from helpers import architectures
-    from tpu_inference.compat import import_torchax, operations_that_call_modules
+    from tpu_inference.compat.lowering import import_torchax, operations_that_call_modules
     from tpu_inference.layers.vllm import lowerings
     from tpu_inference.models.vllm import vllm_model_wrapper as wrapper
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpu_inference import compat
+from tpu_inference.compat import sampling
 from tpu_inference.runner.async_output import AsyncOutput
 from tpu_inference.runner.programs import _count_nans
 
@@ -35,6 +35,6 @@ def test_raises_for_the_broken_request_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_raising_turns_counting_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_COMPUTE_NANS_IN_LOGITS", raising=False)
     monkeypatch.delenv("VLLM_RAISE_ON_LOGIT_NANS", raising=False)
-    assert not compat.counts_nans()
+    assert not sampling.counts_nans()
     monkeypatch.setenv("VLLM_RAISE_ON_LOGIT_NANS", "1")
-    assert compat.counts_nans()
+    assert sampling.counts_nans()

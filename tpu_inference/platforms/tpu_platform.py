@@ -13,14 +13,14 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from tpu_inference import envs, tpu_info
-from tpu_inference.compat import (
+from tpu_inference.compat.lowering import quiet_torch_accelerator
+from tpu_inference.compat.processes import (
     choose_start_method,
     exit_with_error_when_engine_dies,
     grant_engine_shutdown_grace,
-    loaded_logits_processors,
-    quiet_torch_accelerator,
     skip_the_last_collection,
 )
+from tpu_inference.compat.sampling import loaded_logits_processors
 from tpu_inference.logger import init_logger, log_once
 from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype
 from tpu_inference.models.common.quantization import SERVED, QuantizationError

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from vllm.v1.outputs import AsyncModelRunnerOutput, LogprobsLists, LogprobsTensors, ModelRunnerOutput
 
-from tpu_inference.compat import raise_if_nans
+from tpu_inference.compat.sampling import raise_if_nans
 from tpu_inference.layers.common.sampling_logprobs import Logprobs
 from tpu_inference.runner.input_batch import InputBatch
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from tpu_inference.compat import jax_cache_interface, use_jax_cache
+from tpu_inference.compat.observing import jax_cache_interface, use_jax_cache
 from tpu_inference.logger import init_logger
 
 logger = init_logger(__name__)

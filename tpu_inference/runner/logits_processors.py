@@ -12,7 +12,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, BatchUpdate, LogitsProcessor
 
-from tpu_inference.compat import custom_logits_processors
+from tpu_inference.compat.sampling import custom_logits_processors
 from tpu_inference.runner.requests import Request, RequestStates
 
 

@@ -20,7 +20,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from tpu_inference import envs
-from tpu_inference.compat import MetricFile
+from tpu_inference.compat.observing import MetricFile
 from tpu_inference.logger import init_logger
 
 logger = init_logger(__name__)

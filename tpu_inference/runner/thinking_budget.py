@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
-from tpu_inference.compat import thinking_budget_state
+from tpu_inference.compat.sampling import thinking_budget_state
 from tpu_inference.runner.requests import Request
 
 

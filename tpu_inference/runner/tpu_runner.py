@@ -13,7 +13,8 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from tpu_inference import compat, envs
+from tpu_inference import envs
+from tpu_inference.compat.sampling import counts_nans
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels import mla
@@ -106,7 +107,7 @@ class TPUModelRunner:
             hidden=self.functions.hidden,
             logprobs_mode=self.model_config.logprobs_mode,
             host_processors=bool(self.host_processors),
-            counts_nans=compat.counts_nans(),
+            counts_nans=counts_nans(),
         )
 
     def programs_for_budget(self) -> StepPrograms:

@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm.config import ProfilerConfig
 
 from tpu_inference import envs
-from tpu_inference.compat import start_trace, stop_trace, write_trace
+from tpu_inference.compat.observing import start_trace, stop_trace, write_trace
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.logger import init_logger
 from tpu_inference.runner.startup_report import format_bytes

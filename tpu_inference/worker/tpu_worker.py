@@ -19,7 +19,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, DraftTokenIds, ModelRunnerOu
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
 from tpu_inference import envs
-from tpu_inference.compat import keep_torch_to_one_thread_if_forked, quiet_torch_accelerator, skip_the_last_collection
+from tpu_inference.compat.lowering import quiet_torch_accelerator
+from tpu_inference.compat.processes import keep_torch_to_one_thread_if_forked, skip_the_last_collection
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.sharding import make_mesh
 from tpu_inference.logger import init_logger

@@ -9,7 +9,7 @@ import torch
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod, KVCacheScaleParameter
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionLayer, AttentionType
 
-from tpu_inference.compat import import_torchax
+from tpu_inference.compat.lowering import import_torchax
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common import alibi
 from tpu_inference.layers.common.attention import attention

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
-from tpu_inference.compat import import_torchax
+from tpu_inference.compat.lowering import import_torchax
 from tpu_inference.layers.common.linear import before_split, matmul
 from tpu_inference.layers.common.partition import Partition
 from tpu_inference.layers.common.quantized_linear import quantized_product

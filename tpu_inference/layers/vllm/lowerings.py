@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils import _mode_utils
 
-from tpu_inference.compat import import_torchax, operations_that_call_modules
+from tpu_inference.compat.lowering import import_torchax, operations_that_call_modules
 
 
 def _of_torch(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-from tpu_inference.compat import import_torchax
+from tpu_inference.compat.lowering import import_torchax
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.moe import (
     ACTIVATIONS,

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from tpu_inference import compat
+from tpu_inference.compat import quantization as compat
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common import mxfp4

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from tpu_inference.compat import declare_architecture
+from tpu_inference.compat.checkpoints import declare_architecture
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.models.common.refused import REFUSED
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from vllm.config import VllmConfig
 
 from tpu_inference import envs
-from tpu_inference.compat import require_safetensors, weight_files
+from tpu_inference.compat.checkpoints import require_safetensors, weight_files
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.build import BuildContext

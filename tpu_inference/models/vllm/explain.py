@@ -6,7 +6,7 @@ from types import TracebackType
 
 import torch
 
-from tpu_inference.compat import import_torchax
+from tpu_inference.compat.lowering import import_torchax
 from tpu_inference.errors import TpuInferenceError
 
 ADVICE = "Use --model-impl flax_nnx if there is a JAX class for it, or add the lowering (docs/pytorch_models.md says how) and tell us."

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from tpu_inference.compat import import_torchax
+from tpu_inference.compat.lowering import import_torchax
 from tpu_inference.layers.vllm.context import StepContext, current_step
 from tpu_inference.models.vllm.exchange import Places
 

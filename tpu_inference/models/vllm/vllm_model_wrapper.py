@@ -21,7 +21,8 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tpu_inference.compat import as_loader_looks_for, import_torchax, latents_put_up, start_torch_alone
+from tpu_inference.compat.checkpoints import as_loader_looks_for, latents_put_up
+from tpu_inference.compat.lowering import import_torchax, start_torch_alone
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape, storage_dtype
