@@ -6,6 +6,7 @@ import shutil
 from functools import cache, partial
 
 import jax
+import numpy as np
 import pytest
 
 from helpers import quantized_models
@@ -33,6 +34,11 @@ def quantized(zoo, tmp_path_factory):
 
 def runner(llm):
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def by_path(params):
+    """Arrays of the host."""
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 @cache
@@ -252,15 +258,23 @@ def test_quantized_experts(zoo, tmp_path, model, kind, options, impl):
 def test_experts_rounded_at_load(zoo, flag, dtype, impl):
     options = dict(dtype="bfloat16", enforce_eager=True, model_impl=impl)
     with engine(zoo("mixtral@even"), **options) as llm:
-        expected = of_prompts(llm)
+        plain, expected = by_path(runner(llm).functions.params), of_prompts(llm)
     with engine(zoo("mixtral@even"), quantization=flag, **options) as llm:
-        params = runner(llm).functions.params
-        found = of_prompts(llm)
-    held = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim >= 3 and leaf.dtype == dtype and leaf.shape[-3] == 8]
+        rounded, found = by_path(runner(llm).functions.params), of_prompts(llm)
+    held = {
+        path: leaf for path, leaf in rounded.items() if leaf.ndim >= 3 and leaf.dtype == dtype and leaf.shape[-3] == 8
+    }
     assert len(held) == (2 if impl == "auto" else 6)
-    assert likeness(expected, found) > (0.95 if dtype == "int8" else 0.6), (
-        "sums of these models are large, and e4m3 has three bits"
-    )
+    for path, values in held.items():
+        of_scale = path.replace("_weight", "_weight_scale") if impl == "vllm" else path.replace("['w", "['s")
+        scale, weight = rounded[of_scale], plain[path].astype(np.float32)
+        assert scale.dtype == np.float32
+        # Half of a step: of int8 it is the scale, of e4m3 an eighth of the power of two below, and 2**-9 near 0.
+        half = scale / 2 if dtype == "int8" else np.maximum(np.abs(weight) / 16, scale * 2**-10)
+        error = np.abs(values.astype(np.float32) * scale - weight)
+        assert (error <= half + np.abs(weight) / 256).all(), "these weights are bfloat16, those rounded float32"
+    # Sums of these models are large, and e4m3 has three bits: other experts are chosen now and then.
+    assert likeness(expected, found) > (0.95 if dtype == "int8" else 0.6)
 
 
 @pytest.mark.parametrize("impl", ["auto", "vllm"])

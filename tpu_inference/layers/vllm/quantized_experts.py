@@ -52,7 +52,9 @@ class QuantizedExpertsMethod(FusedMoEMethodBase):
         whole = shards if columns % shards == 0 else 1
         size = group_size(self.scheme, f"{self._prefix}.{name}", columns, whole, may_cut=False)
         values = torch.nn.Parameter(torch.empty(shape, dtype=getattr(torch, self.scheme.dtype)), requires_grad=False)
-        scales = torch.nn.Parameter(torch.empty(experts, rows, columns // size), requires_grad=False)
+        scales = torch.nn.Parameter(
+            torch.empty(experts, rows, columns // size, dtype=torch.float32), requires_grad=False
+        )
         set_weight_attrs(
             values, {"weight_loader": self._round_then(load, layer, size) if self.scheme.at_load else load}
         )
