@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.layers.common.sampling_processors import RowParameters, TokenTables, process
+from tpu_inference.layers.common.sampling_processors import RowParameters, TokenTables, is_processed, process
 
 BLOCK = 128
 """Vocabulary entries summed together by the inverse-CDF draw."""
@@ -154,17 +154,31 @@ def sample(
     Returns:
         The tokens, int32 [R], and, where `processed`, the float32 logits [R, V] they were drawn from, else None.
     """
-    vocab = logits.shape[-1]
-    logits = process(logits, tables, rows)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature, top_k, top_p, min_p = rows.temperature, rows.top_k, rows.top_p, rows.min_p
+    drawn, there = temperature > 0, rows.slots < tables.seen.shape[0]
+    limited_by_k, limited_by_p, floored = (top_k < logits.shape[-1]).any(), (top_p < 1).any(), (min_p > 0).any()
 
-    def randomly() -> tuple[jax.Array, jax.Array | None]:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        scaled = jax.lax.cond((min_p > 0).any(), lambda x: filter_min_p(x, min_p), lambda x: x, scaled)
-        scaled = jax.lax.cond((top_k < vocab).any(), lambda x: filter_top_k(x, top_k), lambda x: x, scaled)
-        scaled = jax.lax.cond((top_p < 1).any(), lambda x: filter_top_p(x, top_p), lambda x: x, scaled)
-        tokens = jnp.where(temperature > 0, draw(scaled, rows.seed, rows.step), greedy)
-        return tokens, scaled if processed else None
+    def scale(logits: jax.Array) -> jax.Array:
+        return logits / jnp.where(drawn, temperature, 1.0)[:, None]
 
-    return jax.lax.cond((temperature > 0).any(), randomly, lambda: (greedy, logits if processed else None))
+    def plainly() -> tuple[jax.Array, jax.Array | None]:
+        scaled = scale(logits)
+        return draw(scaled, rows.seed, rows.step), scaled if processed else None
+
+    def as_asked() -> tuple[jax.Array, jax.Array | None]:
+        allowed = process(logits, tables, rows)
+        greedy = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
+
+        def randomly() -> tuple[jax.Array, jax.Array | None]:
+            scaled = scale(allowed)
+            scaled = jax.lax.cond(floored, lambda x: filter_min_p(x, min_p), lambda x: x, scaled)
+            scaled = jax.lax.cond(limited_by_k, lambda x: filter_top_k(x, top_k), lambda x: x, scaled)
+            scaled = jax.lax.cond(limited_by_p, lambda x: filter_top_p(x, top_p), lambda x: x, scaled)
+            tokens = jnp.where(drawn, draw(scaled, rows.seed, rows.step), greedy)
+            return tokens, scaled if processed else None
+
+        return jax.lax.cond(drawn.any(), randomly, lambda: (greedy, allowed if processed else None))
+
+    # What is skipped by a condition is still copied around it: rows that ask for a temperature alone are drawn without any.
+    asks = is_processed(rows) | limited_by_k | limited_by_p | floored | (there & ~drawn).any()
+    return jax.lax.cond(asks, as_asked, plainly)

@@ -116,6 +116,11 @@ def force(logits: jax.Array, rows: RowParameters) -> jax.Array:
     return jnp.where(rows.forced_ids[:, None] == vocab, FORCED, logits)
 
 
+def is_processed(rows: RowParameters) -> jax.Array:
+    """Whether any row asks for what `process` does."""
+    return ((rows.flags & (HAS_BIAS | MASKS_STOPS)) != 0).any() | rows.penalised.any() | (rows.forced_ids >= 0).any()
+
+
 def process(logits: jax.Array, tables: TokenTables, rows: RowParameters) -> jax.Array:
     """`logits` float32 [R, V] as greedy rows sample from them, in vLLM's order; what no row asks for is skipped."""
     biased, stopped = rows.has(HAS_BIAS).any(), rows.has(MASKS_STOPS).any()
@@ -128,7 +133,7 @@ def process(logits: jax.Array, tables: TokenTables, rows: RowParameters) -> jax.
         return jax.lax.cond(forced, lambda x: force(x, rows), lambda x: x, x)
 
     # One condition around them: a batch without any passes its logits on once.
-    return jax.lax.cond(biased | stopped | penalised | forced, each, lambda x: x, logits)
+    return jax.lax.cond(is_processed(rows), each, lambda x: x, logits)
 
 
 def count_tokens(tables: TokenTables, slots: jax.Array, tokens: jax.Array) -> TokenTables:
