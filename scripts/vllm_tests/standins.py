@@ -146,6 +146,7 @@ def _save(name: str, vocabulary: Tokenizer, directory: Path) -> None:
     for unlikely, bias in UNLIKELY.items():
         biases.update((i, bias) for i, text in texts.items() if unlikely(text))
     biases.update((i, FILLER) for i, text in texts.items() if text.startswith("filler"))
+    biases.update((tokenizer.convert_tokens_to_ids(token), bias) for token, bias in entry.get("likely", {}).items())
     model = _model(config, zlib.crc32(name.encode()), biases)
     model.generation_config = transformers.GenerationConfig(**ids, **entry.get("generation", {}))
     model.save_pretrained(directory)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, BatchUpdate, LogitsProcessor
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
@@ -109,6 +110,17 @@ def test_processors_in_vllms_order(custom):
             if made[name].temperature == 0:
                 assert token == expected.sampled_token_ids[i, 0]
             outputs[name].append(token)
+
+
+def test_logits_are_float32_whatever_torchs_default_is():
+    """The default is the model's type while programs compile in the background."""
+    runner = Runner(config("processed_logits", processors=[Ban]))
+    with set_default_torch_dtype(torch.bfloat16):
+        made = params(temperature=0, extra_args={"ban": 7}, logprobs=-1)
+        out = runner.step({"a": logits_of(0)}, new=[("a", [4, 5], made)], computed={"a": 1}).get_output()
+    expected = logits_of(0)
+    expected[7] = -np.inf
+    np.testing.assert_array_equal(dense(out.logprobs, 0), expected)
 
 
 def test_engines_without_processors_have_none_on_the_host():

@@ -56,7 +56,9 @@ class HostProcessors:
         active = [p for p in processors if not (isinstance(p, AdapterLogitsProcessor) and not p.req_info)]
         if not active:
             return logits
-        batch = torch.zeros(self._batch_size({slot: r for slot, (r, _) in self._known.items()}), logits.shape[1])
+        rows = self._batch_size({slot: r for slot, (r, _) in self._known.items()})
+        # Said, as torch's default type is another while a thread traces the model for programs compiled in the background.
+        batch = torch.zeros(rows, logits.shape[1], dtype=torch.float32)
         index = torch.from_numpy(slots.astype(np.int64))
         batch[index] = torch.from_numpy(logits[: len(slots)].copy())
         for processor in active:
