@@ -4,16 +4,12 @@
 python benchmarks/tpu_schedule/big_models.py [--only TEXT]
 """
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from planner_matrix import GIB, HERE, PAGE, run_planner
-
-from tpu_inference.tools.kernel_report.render import replace_region
+from asking import HERE, ask_all, cells_of, memory_of, run_planner
 
 RESULT = HERE / "planner" / "big_models.json"
 BEGIN, END = "<!-- big:begin -->", "<!-- big:end -->"
@@ -82,9 +78,7 @@ def as_text(result: Mapping[str, Any]) -> str:
         if "error" in x:
             lines.append(f"| {' | '.join([*cells, x['error'], *['-'] * 12])} |")
             continue
-        memory = x["memory"]
-        cells += ["yes" if x["fits"] else "no"]
-        cells += [f"{memory[name] / GIB:.2f}" for name in ("weights", "kv_cache", "temporaries")] + [str(x["requests"])]
+        cells += ["yes" if x["fits"] else "no", *cells_of(x)]
         lines.append(f"| {' | '.join(cells + _step(x.get('step')))} |")
     return "\n".join(lines)
 
@@ -99,46 +93,21 @@ def _step(step: Mapping[str, Any] | None) -> list[str]:
     return [*cells, "-".join(f"{rate:,}" for rate in step["tokens_per_s"])]
 
 
-def ask(model: str, where: str, tensor_parallel: int, options: Sequence[str]) -> dict[str, Any]:
+def ask(model: str, weights: str, where: str, tensor_parallel: int, options: Sequence[str]) -> dict[str, Any]:
     """What the planner says of memory and of 64 requests of 2,048 tokens decoding."""
-    start = time.monotonic()
-    code, found = run_planner({**COMMON, **MODELS[model]}, where, tensor_parallel, *options)
-    kept: dict[str, Any] = dict(seconds=round(time.monotonic() - start, 1))
-    if code > 1:
-        return {**kept, "error": found}
-    assert isinstance(found, dict)
+    asked = dict(model=model, weights=weights, slice=where, tensor_parallel=tensor_parallel, options=options)
+    _, found = run_planner({**COMMON, **MODELS[model]}, where, tensor_parallel, *options)
+    if isinstance(found, str):
+        return {**asked, "error": found}
     steps = [
         s for s in found["steps"] if s["step"] == "decode" and (s["decoding_requests"], s["context"]) == (64, 2048)
     ]
-    return {
-        **kept,
-        "fits": found["fits"],
-        "memory": {key: found["hbm_bytes_per_device"][key] for key in ("weights", "kv_cache", "temporaries")},
-        "requests": found["requests_held"].get("8192", 0),
-        **({"step": steps[0]} if steps else {}),
-    }
+    return {**asked, "fits": found["fits"], **memory_of(found), **({"step": steps[0]} if steps else {})}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="questions whose name has this in it; the others' answers stay")
-    args = parser.parse_args()
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    failed = 0
-    for model, weights, where, tensor_parallel, options in QUESTIONS:
-        name = f"{model} {where}"
-        if args.only not in name:
-            continue
-        asked = dict(model=model, weights=weights, slice=where, tensor_parallel=tensor_parallel, options=options)
-        result[name] = asked | ask(model, where, tensor_parallel, options)
-        failed += "error" in result[name]
-        print(json.dumps(result[name]), flush=True)
-        order = [f"{question[0]} {question[2]}" for question in QUESTIONS]
-        result = {key: result[key] for key in order if key in result}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        text = replace_region(PAGE.read_text(encoding="utf-8"), as_text(result), (BEGIN, END))
-        PAGE.write_text(text, encoding="utf-8")
-    return min(failed, 1)
+    asked = {f"{question[0]} {question[2]}": partial(ask, *question) for question in QUESTIONS}
+    return ask_all(__doc__, asked, RESULT, as_text, (BEGIN, END))
 
 
 if __name__ == "__main__":

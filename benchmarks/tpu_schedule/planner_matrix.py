@@ -4,20 +4,14 @@
 python benchmarks/tpu_schedule/planner_matrix.py [--only TEXT]
 """
 
-import argparse
-import json
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from tpu_inference.tools.kernel_report.render import replace_region
+from asking import HERE, ask_all, cells_of, memory_of, run_planner
 
-HERE = Path(__file__).resolve().parent
-RESULT, PAGE = HERE / "planner" / "matrix.json", HERE.parent.parent / "docs" / "planner.md"
+RESULT = HERE / "planner" / "matrix.json"
 BEGIN, END = "<!-- matrix:begin -->", "<!-- matrix:end -->"
 _LLAMA = dict(architectures=["LlamaForCausalLM"], model_type="llama", num_key_value_heads=8, rope_theta=5e5)
 _QWEN3 = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", num_key_value_heads=8, head_dim=128)
@@ -44,7 +38,6 @@ ASKED = {
 }  # fmt: skip
 """Tensor parallel sizes."""
 MANY_CHIPS = (("llama-70b", 64, "v6e:8x8"),)
-GIB = 2**30
 
 
 def questions() -> list[tuple[str, int, str]]:
@@ -60,27 +53,10 @@ def config_of(model: str) -> dict[str, Any]:
     return config | dict(torch_dtype="bfloat16", hidden_act="silu", rms_norm_eps=1e-5, max_position_embeddings=32768)
 
 
-def run_planner(
-    config: Mapping[str, Any], where: str, tensor_parallel: int, *options: str
-) -> tuple[int, dict[str, Any] | str]:
-    """The planner's exit code and its answer for requests of up to 8,192 tokens; of code 2, what it said."""
-    chip, topology = where.split(":")
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        command = [sys.executable, "-m", "tpu_inference.plan", "--model", directory, "--chip", chip]
-        command += ["--topology", topology, "-tp", str(tensor_parallel), "--max-model-len", "8192", "--json", *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    if done.returncode > 1:
-        return done.returncode, (done.stderr.strip().splitlines() or ["no message"])[-1][:400]
-    return done.returncode, json.loads(done.stdout)
-
-
 def ask(model: str, tensor_parallel: int, where: str) -> dict[str, Any]:
-    """The planner's answer on memory, its exit code and its seconds."""
-    start = time.monotonic()
+    """The planner's exit code, and its answer on memory."""
     code, found = run_planner(config_of(model), where, tensor_parallel, "--no-times")
-    kind = "error" if code > 1 else "answer"
-    return {"code": code, "seconds": round(time.monotonic() - start, 1), kind: found}
+    return {"code": code, **({"error": found} if isinstance(found, str) else memory_of(found))}
 
 
 def as_text(result: Mapping[str, Any]) -> str:
@@ -95,39 +71,14 @@ def as_text(result: Mapping[str, Any]) -> str:
         if "error" in x:
             cells += [x["error"], "-", "-", "-", "-"]
         else:
-            memory = x["memory"]
-            sizes = (memory[name] / GIB for name in ("weights", "kv_cache", "temporaries"))
-            cells += ["yes" if x["code"] == 0 else "no", *(f"{size:.2f}" for size in sizes), str(x["requests"])]
+            cells += ["yes" if x["code"] == 0 else "no", *cells_of(x)]
         lines.append(f"| {' | '.join([*cells, str(x['seconds'])])} |")
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="questions whose name has this in it; the others' answers stay")
-    args = parser.parse_args()
-    result = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    failed = 0
-    for question in questions():
-        name = " ".join(map(str, question))
-        if args.only not in name:
-            continue
-        found = ask(*question)
-        answer = found.pop("answer", None)
-        if answer:
-            memory = {key: answer["hbm_bytes_per_device"][key] for key in ("weights", "kv_cache", "temporaries")}
-            found |= dict(memory=memory, requests=answer["requests_held"].get("8192", 0))
-        failed += "error" in found
-        print(name, found, flush=True)
-        result[name] = found
-        order = [" ".join(map(str, question)) for question in questions()]
-        result = {key: result[key] for key in order if key in result}
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(
-            replace_region(PAGE.read_text(encoding="utf-8"), as_text(result), (BEGIN, END)), encoding="utf-8"
-        )
-    return min(failed, 1)
+    asked = {" ".join(map(str, question)): partial(ask, *question) for question in questions()}
+    return ask_all(__doc__, asked, RESULT, as_text, (BEGIN, END))
 
 
 if __name__ == "__main__":

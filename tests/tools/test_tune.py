@@ -50,6 +50,13 @@ def test_descent_finds_the_bottom_and_scores_nothing_twice():
     assert all(p.x != 5 for p in seen), "an impossible one is not scored"
 
 
+def test_descent_looks_past_one_value_that_gains_nothing_and_no_further():
+    of = {0: 100, 1: 101, 2: 90, 3: 95, 4: 95, 5: 1}
+    found = descend(Point(), {"x": range(6)}, lambda p: True, lambda p: of[p.x])
+    assert found.best == Point(2)
+    assert Point(5) not in found.scores
+
+
 def test_descent_stays_where_nothing_gains_more_than_noise():
     found = descend(Point(), {"x": range(3)}, lambda p: True, lambda p: 100 - 0.2 * p.x)
     assert found.best == Point()
@@ -87,6 +94,28 @@ def test_a_tuned_entry_is_used_for_its_part_alone(monkeypatch):
     found = paged.config_for(key, "v6e")
     assert found == replace(paged.heuristic(key, "v6e"), decode=paged.DecodeConfig(2, 9, 256))
     assert paged.config_for(replace(key, page_size=16), "v6e").decode.slots != 9
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "part", "fields"),
+    [
+        (mla, mla.ShapeKey(16, 512, 64, 128, "bfloat16", "bfloat16"), "decode", dict(pages_per_item=2, slots=9)),
+        (mla, mla.ShapeKey(16, 512, 64, 128, "bfloat16", "bfloat16"), "prefill", dict(block_tokens=32)),
+        (grouped, grouped.ShapeKey(8, 1536, 2048, "bfloat16", "int8"), "blocks", dict(block_rows=256, block_out=384, slots=5)),
+    ],
+)  # fmt: skip
+def test_latents_and_experts_read_their_tables(config, key, part, fields, monkeypatch):
+    entry = {part: {"config": fields}}
+    monkeypatch.setattr(tuned, "table", lambda op, chip: {str(key): entry} if (op, chip) == (config.OP, "v6e") else {})
+    start = config.heuristic(key, "v6e")
+    expected = (
+        grouped.Config(**fields)
+        if config is grouped
+        else replace(start, **{part: replace(getattr(start, part), **fields)})
+    )
+    assert config.config_for(key, "v6e") == expected != start
+    for chip in ("v5e", None):
+        assert config.config_for(key, chip) == config.heuristic(key, chip)
 
 
 def test_what_the_tuner_writes_is_what_kernels_read(monkeypatch, tmp_path):
@@ -137,9 +166,9 @@ def test_paged_key_names_what_blocks_depend_on():
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_committed_entries_are_configs_that_gain(path):
     make = {
-        "decode": paged.DecodeConfig, "prefill": paged.PrefillConfig,
-        "blocks": {flash.OP: flash.Config, quantized.OP: quantized.Config}.get(path.parts[-3]),
-    }  # fmt: skip
+        paged.OP: dict(decode=paged.DecodeConfig, prefill=paged.PrefillConfig), mla.OP: dict(decode=mla.DecodeConfig, prefill=mla.PrefillConfig),
+        flash.OP: dict(blocks=flash.Config), grouped.OP: dict(blocks=grouped.Config), quantized.OP: dict(blocks=quantized.Config),
+    }[path.parts[-3]]  # fmt: skip
     for parts in json.loads(path.read_text(encoding="utf-8")).values():
         for part, entry in parts.items():
             make[part](**entry["config"])
@@ -169,7 +198,7 @@ def test_axes_are_parameters_with_possible_values(part):
         key = flash.ShapeKey(8, 2, 1024, 1024, 128, "bfloat16")
     start = part.read(part.heuristic(key, "v6e"))
     assert part.possible(key, start)
-    for name, values in part.axes(key).items():
+    for name, values in part.axes(key, start).items():
         tried = [fields for value in values if part.possible(key, fields := replace(start, **{name: value}))]
         assert len(tried) > 1, name
 

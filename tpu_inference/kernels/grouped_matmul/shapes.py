@@ -110,7 +110,7 @@ _QWEN = dict(width=768, hidden=2048, top_k=8, experts=128, local=128)
 _DEEPSEEK = dict(width=2048, hidden=7168, top_k=8, experts=256, local=32)
 _QWEN_LARGE = dict(width=1536, hidden=4096, top_k=8, experts=128, local=8)
 _MIXTRAL = dict(width=1024, hidden=6144, top_k=2, experts=8, local=8)
-_FP8_BLOCKS = dict(weight_dtype="float8_e4m3b11fnuz", scales=(128, 128))
+_FP8_BLOCKS = dict(weight_dtype="float8_e4m3fn", scales=(128, 128))
 _INT8 = dict(weight_dtype="int8", scales=(1, 0))
 SHAPES: Mapping[str, GroupedShape] = {
     **_both("qwen3_30b_a3b_b64", "Qwen3-30B-A3B, 64 tokens", **_QWEN, tokens=64),

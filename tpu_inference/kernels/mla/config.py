@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tpu_inference.kernels.ragged_paged_attention import config as paged
 from tpu_inference.kernels.ragged_paged_attention.config import VMEM_BYTES, PrefillConfig
 from tpu_inference.kernels.ragged_paged_attention.pages import LANES
-from tpu_inference.kernels.tuned import lookup
+from tpu_inference.kernels.tuned import with_tuned
 
 OP = "mla"
 ITEM_TOKENS, LONG_ITEM_TOKENS, SLOTS = 1024, 2048, 5
@@ -97,6 +97,4 @@ def heuristic(key: ShapeKey, chip: str | None) -> Config:
 
 def config_for(key: ShapeKey, chip: str | None) -> Config:
     """What the op runs with on a chip: of each kernel the tuned entry where there is one, else the heuristic's."""
-    config = heuristic(key, chip)
-    found = lookup(OP, chip, str(key), "decode")
-    return replace(config, decode=replace(config.decode, **found)) if found else config
+    return with_tuned(heuristic(key, chip), OP, chip, str(key), ("decode", "prefill"))

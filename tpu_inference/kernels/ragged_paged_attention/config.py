@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tpu_inference.kernels.tuned import lookup
+from tpu_inference.kernels.tuned import with_tuned
 
 OP = "ragged_paged_attention"
 VMEM_BYTES = 12 * 2**20
@@ -136,6 +136,4 @@ def heuristic(key: ShapeKey, chip: str | None) -> Config:
 
 def config_for(key: ShapeKey, chip: str | None) -> Config:
     """What the op runs with on a chip: of each kernel the tuned entry where there is one, else the heuristic's."""
-    config = heuristic(key, chip)
-    tuned = {part: lookup(OP, chip, str(key), part) for part in ("decode", "prefill")}
-    return replace(config, **{part: replace(getattr(config, part), **found) for part, found in tuned.items() if found})
+    return with_tuned(heuristic(key, chip), OP, chip, str(key), ("decode", "prefill"))

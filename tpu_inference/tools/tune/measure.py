@@ -131,7 +131,10 @@ class Search:
         if len(self.costs(self.start)) < len(self.shapes):
             raise schedule.ScheduleError(f"the compiler refuses {self.start} for {self.key} on {self.chip}")
         found = descend(
-            self.start, self.part.axes(self.key), lambda fields: self.part.possible(self.key, fields), self._score
+            self.start,
+            self.part.axes(self.key, self.start),
+            lambda fields: self.part.possible(self.key, fields),
+            self._score,
         )
         costs, first = self.costs(found.best), self.costs(self.start)
         return Tuned(

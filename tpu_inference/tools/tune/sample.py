@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tpu_inference.kernels.flash_attention.shapes import Spec
+from tpu_inference.kernels.grouped_matmul.shapes import GroupedShape
+from tpu_inference.kernels.mla.shapes import LatentShape
 from tpu_inference.kernels.quantized_matmul.shapes import drawn
 from tpu_inference.kernels.ragged_paged_attention.shapes import AttentionShape
 from tpu_inference.tools.kernel_report.cases import device_of
@@ -55,6 +57,31 @@ def _flash(draw: random.Random, index: int) -> Drawn:
     return spec.about, spec
 
 
+def _latent(draw: random.Random, index: int) -> Drawn:
+    """Two of decodes, then a prompt."""
+    heads, page = draw.choice((8, 16, 32, 64, 128)), draw.choice((64, 128, 256))
+    cache = draw.choice(("bfloat16", "float8_e4m3fn"))
+    if index % 3 == 2:
+        tokens = draw.choice((256, 512, 1024))
+        rows, what = ((0, tokens),), f"prompt of {tokens}"
+    else:
+        count, context = draw.choice((16, 32, 64)), draw.choice((500, 1000, 2000, 4000))
+        rows, what = ((context - 1, 1),) * count, f"{count} decodes at {context}"
+    about = f"{what}, {heads} heads, pages of {page} {cache}"
+    return about, LatentShape(about, rows, heads, page_size=page, cache_dtype=cache)
+
+
+def _grouped(draw: random.Random, index: int) -> Drawn:
+    del index
+    experts, top_k = draw.choice(((8, 2), (64, 6), (128, 4), (128, 8), (256, 8)))
+    local = max(experts // draw.choice((1, 4, 16)), 1)
+    columns, out = 128 * draw.randint(4, 48), 128 * draw.randint(4, 48)
+    weights, scales = draw.choice((("bfloat16", None), ("float8_e4m3fn", (128, 128)), ("int8", (1, 0))))
+    tokens = draw.choice((16, 64, 256))
+    about = f"{tokens} tokens to {top_k} of {experts} experts, {local} here, {out} x {columns} of {weights}"
+    return about, GroupedShape(about, tokens, top_k, experts, local, out, columns, weight_dtype=weights, scales=scales)
+
+
 def _quantized(draw: random.Random, index: int) -> Drawn:
     del index
     spec = drawn(draw)
@@ -64,6 +91,8 @@ def _quantized(draw: random.Random, index: int) -> Drawn:
 DRAW: Mapping[str, Callable[[random.Random, int], Drawn]] = {
     "ragged_paged_attention": _paged,
     "flash_attention": _flash,
+    "grouped_matmul": _grouped,
+    "mla": _latent,
     "quantized_matmul": _quantized,
 }
 

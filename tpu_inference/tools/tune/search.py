@@ -9,6 +9,8 @@ from typing import Any
 from tpu_inference.tools.tune.spaces import Axes
 
 ROUNDS = 2
+MOST_MISSES = 1
+"""Values of a parameter, one after the other, that may gain nothing before the search turns back: a last block that is cut short makes bumps."""
 LEAST_STEP = 0.995
 """Of the best score so far, what another config must be below: less is noise of the compiler's."""
 
@@ -22,7 +24,7 @@ class Found:
 
 
 def descend(start: Any, axes: Axes, possible: Callable[[Any], bool], score: Callable[[Any], float]) -> Found:
-    """Coordinate descent: along each axis to the neighbour that is better, and on as long as the next one is.
+    """Coordinate descent: along each axis from value to value, as long as one of the next two is better.
 
     Args:
         start: A dataclass of parameters.
@@ -38,11 +40,13 @@ def descend(start: Any, axes: Axes, possible: Callable[[Any], bool], score: Call
         return scores[fields]
 
     def walk(best: Any, name: str, values: list[Any]) -> Any:
+        misses = 0
         for value in values:
             following = replace(best, **{name: value})
-            if not scored(following) < LEAST_STEP * scored(best):
+            if scored(following) < LEAST_STEP * scored(best):
+                best, misses = following, 0
+            elif (misses := misses + 1) > MOST_MISSES:
                 break
-            best = following
         return best
 
     best = start

@@ -26,8 +26,8 @@ class Part:
     op: str
     name: str
     """As in tuned tables."""
-    axes: Callable[[Any], Axes]
-    """Shape key -> parameter -> values to try, those that gain most first."""
+    axes: Callable[[Any, Any], Axes]
+    """(shape key, the heuristic's fields) -> parameter -> values to try, those that gain most first."""
     possible: Callable[[Any, Any], bool]
     """(shape key, fields of the part): whether the kernel takes it at all."""
     concerns: Callable[[Any], bool]
@@ -49,7 +49,7 @@ class Part:
 _OTHERS = paged.Config(paged.DecodeConfig(1, 3), paged.PrefillConfig(paged.MIN_BLOCK_TOKENS, 1, ahead=1))
 
 
-def _decode_axes(key: paged.ShapeKey) -> Axes:
+def _decode_axes(key: paged.ShapeKey, start: Any) -> Axes:
     pages = sorted({key.pages_within(tokens) for tokens in (256, 512, 1024, 2048, 4096)})
     return {"slots": (3, 4, 5, 6, 8, 10, 12), "pages_per_item": pages, "piece": (256, 512, 1024)}
 
@@ -64,7 +64,7 @@ def _decode_of(shape: Any, fields: paged.DecodeConfig) -> paged.DecodeConfig:
     return replace(fields, piece=min(max(fields.piece, shape.page_size), fields.pages_per_item * shape.page_size))
 
 
-def _prefill_axes(key: paged.ShapeKey) -> Axes:
+def _prefill_axes(key: paged.ShapeKey, start: Any) -> Axes:
     chunks = sorted({key.pages_within(tokens) for tokens in (256, 512, 1024, 2048)})
     blocks = [n for n in POWERS if paged.MIN_BLOCK_TOKENS <= n <= 1024 and 128 <= n * key.group <= 4096]
     return {"block_tokens": blocks, "pages_per_chunk": chunks, "ahead": (2, 4, 6, 8, 12), "tile": (128, 256, 512)}
@@ -73,7 +73,7 @@ def _prefill_axes(key: paged.ShapeKey) -> Axes:
 # Latent attention.
 
 
-def _mla_axes(key: mla.ShapeKey) -> Axes:
+def _mla_axes(key: mla.ShapeKey, start: Any) -> Axes:
     pages = sorted({key.pages_within(tokens) for tokens in (256, 512, 1024, 2048)})
     return {"pages_per_item": pages, "slots": (3, 4, 5, 6), "piece": (256, 512, 1024)}
 
@@ -89,10 +89,15 @@ def _mla_of(shape: Any, fields: mla.DecodeConfig) -> mla.DecodeConfig:
     return replace(fields, piece=tokens if tokens % fields.piece else fields.piece)
 
 
+def _mla_prefill_axes(key: mla.ShapeKey, start: Any) -> Axes:
+    chunks = sorted({key.pages_within(tokens) for tokens in (256, 512, 1024, 2048)})
+    return {"block_tokens": (16, 32, 64, 128), "pages_per_chunk": chunks}
+
+
 # Flash attention.
 
 
-def _flash_axes(key: flash.ShapeKey) -> Axes:
+def _flash_axes(key: flash.ShapeKey, start: Any) -> Axes:
     def blocks(length: int) -> list[int]:
         return sorted({flash.even(length, largest) for largest in (256, 512, 1024, 2048, 4096)})
 
@@ -116,7 +121,7 @@ def _flash_fits(key: flash.ShapeKey, fields: flash.Config) -> bool:
 # Grouped products.
 
 
-def _grouped_axes(key: grouped.ShapeKey) -> Axes:
+def _grouped_axes(key: grouped.ShapeKey, start: Any) -> Axes:
     """Not rows of a block: which pairs the kernel walks, and so what it is measured on, is counted in them."""
     outs = sorted({grouped.even(key.out, blocks) for blocks in (1, 2, 3, 4, 6, 8)})
     return {"block_out": outs, "slots": (2, 3, 4, 6)}
@@ -125,14 +130,16 @@ def _grouped_axes(key: grouped.ShapeKey) -> Axes:
 # Products with quantized weights.
 
 
-def _quantized_axes(key: quantized.ShapeKey) -> Axes:
-    return {"block_out": [n for n in POWERS if quantized.LANES <= n <= key.out], "slots": (2, 3, 4, 6, 8)}
+def _quantized_axes(key: quantized.ShapeKey, start: quantized.Config) -> Axes:
+    """Blocks about as large as the heuristic's, and one that differs by little, of which the last is cut elsewhere."""
+    outs = (start.block_out // 2, start.block_out + quantized.LANES, 2 * start.block_out)
+    return {"block_out": [n for n in outs if quantized.LANES <= n <= key.out], "slots": (2, 3, 4, 6, 8)}
 
 
 # Products over devices. What they send each other takes no time here, so that how many shares a pass has, which hides that, is not searched.
 
 
-def _gather_axes(key: collectives.ShapeKey) -> Axes:
+def _gather_axes(key: collectives.ShapeKey, start: Any) -> Axes:
     outs = [n for n in range(128, min(key.out, 2048) + 1, 128) if key.out % n == 0]
     return {"block_out": outs, "slots": (2, 3, 4, 8)}
 
@@ -142,7 +149,7 @@ def _gather_fits(key: collectives.ShapeKey, fields: collectives.GatherConfig) ->
     return enough and key.gather_bytes(fields) <= max(collectives.VMEM_BYTES.values())
 
 
-def _scatter_axes(key: collectives.ShapeKey) -> Axes:
+def _scatter_axes(key: collectives.ShapeKey, start: Any) -> Axes:
     rows = [n for n in range(key.rows, 0, -16) if key.rows % n == 0]
     return {"block_rows": rows, "block_out": [n for n in (256, 512, 1024) if key.out % n == 0]}
 
@@ -165,6 +172,12 @@ PARTS: tuple[Part, ...] = (
         lambda shape: all(new == 1 for _, new in shape.rows),
         _mla_of,
         lambda config: config.decode, lambda config, fields: mla.Config(fields, _OTHERS.prefill),
+    ),
+    Part(
+        mla.OP, "prefill", _mla_prefill_axes, lambda key, fields: True,
+        lambda shape: all(new > 1 for _, new in shape.rows),
+        lambda shape, fields: fields.within(shape.table_width, sum(new for _, new in shape.rows)),
+        lambda config: config.prefill, lambda config, fields: mla.Config(mla.DecodeConfig(1, 3), fields),
     ),
     Part(flash.OP, flash.PART, _flash_axes, _flash_fits, lambda shape: True, lambda shape, fields: fields),
     Part(
