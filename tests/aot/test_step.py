@@ -141,11 +141,11 @@ def test_experts_are_multiplied_where_they_lie(scheme):
     assert memory.temp_size_in_bytes < min(map(shard_bytes, stacks)) / 4, "the experts of one of four layers"
 
 
-@pytest.mark.parametrize("topology", ["v6e:2x4", "tpu7x:2x2x1"])
-def test_experts_of_odd_widths_are_multiplied_where_they_lie(topology):
-    """gpt-oss's: 360 columns of 2,880 outputs lie transposed, neither of which is whole lanes."""
+@pytest.mark.parametrize(("topology", "experts"), [("v6e:2x4", 16), ("tpu7x:2x2x1", 16), ("tpu7x:2x2x1", 128)])
+def test_experts_of_odd_widths_are_multiplied_where_they_lie(topology, experts):
+    """gpt-oss's: 360 columns of 2,880 outputs lie transposed, neither of which is whole lanes; 128 experts would be."""
     sizes = dict(hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64)
-    case = programs("gpt-oss", topology, 8, num_local_experts=16, **sizes).forward_case(Bucket(32, 32))
+    case = programs("gpt-oss", topology, 8, num_local_experts=experts, **sizes).forward_case(Bucket(32, 32))
     stacks = [w for w in jax.tree.leaves(case.args[0]) if w.ndim == 4]
     assert len(stacks) == 2, "gate and up, down"
     memory = case.fn.lower(*case.args).compile().memory_analysis()

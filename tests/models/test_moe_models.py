@@ -117,6 +117,17 @@ def test_layers_of_both_kinds_are_scanned_in_runs(zoo):
     assert names == {2, 3, 4}
 
 
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_spare_expert_behind_128(tmp_path, shards):
+    """Of odd widths on a device, so many would lie along the lanes of a TPU. No checkpoint has it, and no token goes to it."""
+    tiny_models.build("gpt-oss@8", num_local_experts=128).save_pretrained(tmp_path)
+    functions = load_model(vllm_config(str(tmp_path), model_impl="auto", tensor_parallel_size=shards), mesh(shards))
+    stacks = [leaf for leaf in jax.tree.leaves(functions.params) if leaf.ndim == 4]
+    assert {leaf.shape[1] for leaf in stacks} == {129}
+    assert not any(leaf[:, 128].any() for leaf in stacks)
+    check(functions, str(tmp_path))
+
+
 def test_another_clamp_of_gpt_oss_is_refused(zoo):
     with pytest.raises(TpuInferenceError, match="swiglu_limit"):
         built(zoo("gpt-oss"), swiglu_limit=5.0)

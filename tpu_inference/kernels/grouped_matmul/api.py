@@ -79,6 +79,14 @@ def lies_transposed(out: int, columns: int) -> bool:
     return padded(columns, out) < padded(out, columns)
 
 
+def lies_across(groups: int, out: int, columns: int) -> bool:
+    """Whether an array [..., groups, out, columns] lies on TPU with its groups along the lanes, which they fill and nothing else does.
+
+    The kernel would be given a copy of all of it. One group more, and it lies as `lies_transposed` says.
+    """
+    return groups % LANES == 0 and out % LANES != 0 and columns % LANES != 0
+
+
 def _by_output(scales: jax.Array, out: int) -> jax.Array:
     """[E, out / a, in / b] -> [E, in / b, out]."""
     return jnp.repeat(scales.swapaxes(1, 2), out // scales.shape[1], axis=2)

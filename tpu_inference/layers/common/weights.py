@@ -86,6 +86,8 @@ class WeightSpec:
     """Which of the model's layers is the first of those stacked."""
     experts: int | None = None
     """Experts stacked in front of `shape`, behind the layers; `shape`, `axes` and `axis` are of one expert's weight."""
+    spare_experts: int = 0
+    """Of `experts`, the last ones, which no checkpoint has and no token goes to: zeros."""
     experts_axis: str | None = None
     """Logical axis of that dimension."""
     init: Literal["normal", "zeros", "ones", "scales"] = field(default="normal")
@@ -113,7 +115,7 @@ class WeightSpec:
     @property
     def expert_indices(self) -> Sequence[int | None]:
         """The experts whose checkpoint tensors this array holds; [None] for a weight of no expert."""
-        return [None] if self.experts is None else range(self.experts)
+        return [None] if self.experts is None else range(self.experts - self.spare_experts)
 
     def sources(self) -> dict[str, Source]:
         """By name template, every tensor of the checkpoint that this weight reads."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.grouped_matmul import lies_across
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.linear import matmul
 from tpu_inference.layers.common.moe import (
@@ -92,10 +93,21 @@ class MoE(nnx.Module):
             sources = [self._source(name, size, *inner) for name in names]
         return in_turns(sources, size, self.width, self.shards)
 
+    def _spare_experts(self) -> int:
+        """One where the kernel would otherwise be given copies of the stacks (gpt-oss-120b's on eight devices: 128 of [720, 2880])."""
+        if self.sharding == "experts":
+            return 0
+        width = self.width // self.shards
+        shapes = ((2 * width, self.hidden), (self.hidden, width))
+        return int(any(lies_across(self.moe.num_experts, *shape) for shape in shapes))
+
     def _declare_experts(self, quantization: Quantization | None) -> None:
         names, width = self.moe.names, "mlp" if self.sharding == "width" else None
+        spare = self._spare_experts()
         stack: dict[str, Any] = dict(
-            experts=self.moe.num_experts, experts_axis="experts" if self.sharding == "experts" else None
+            experts=self.moe.num_experts + spare,
+            spare_experts=spare,
+            experts_axis="experts" if self.sharding == "experts" else None,
         )
         down = padded(self._source(names.down, self.hidden, self.moe.width), self.moe.width, self.width)
         gate_up = self._gate_up_pieces(names.gate_up, self.hidden)

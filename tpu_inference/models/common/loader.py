@@ -135,7 +135,9 @@ def load_weight(spec: WeightSpec, checkpoint: Checkpoint, mesh: Mesh) -> jax.Arr
         for at in np.ndindex(*out.shape[: len(stacked)]):
             found = [s.start + i for s, i in zip(stacked, at, strict=True)]
             layer = spec.layer if spec.layers is None else spec.first_layer + found[0]
-            _fill(out[at], spec, checkpoint, dict(layer=layer, expert=None if spec.experts is None else found[-1]), box)
+            expert = None if spec.experts is None else found[-1]
+            if expert in spec.expert_indices:
+                _fill(out[at], spec, checkpoint, dict(layer=layer, expert=expert), box)
         return without_minus_zero(out)
 
     abstract = spec.abstract(mesh)
