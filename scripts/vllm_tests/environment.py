@@ -42,7 +42,8 @@ class Workplace:
         return self.results(file).with_suffix(".log")
 
     def environment(self) -> dict[str, str]:
-        path = os.pathsep.join(map(str, (ROOT / "scripts", ROOT, self.packages)))
+        # The sources first: servers, too, are to find vLLM's package "tests", not this project's.
+        path = os.pathsep.join(map(str, (self.sources, ROOT / "scripts", ROOT, self.packages)))
         return {
             **os.environ,
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
