@@ -22,12 +22,14 @@ from typing import Any
 import common
 import torch
 
+from tpu_inference.layers.common.mxfp4 import VALUES
+
 SEED = 2026
 LENGTH = 256
 BARS = {"int8": 0.02, "fp8": 0.02, "4-bit": 0.06}
 GROUP = 32
 FP8 = torch.float8_e4m3fn
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+E2M1 = torch.from_numpy(VALUES[:8])
 """What three bits of a four-bit float mean."""
 Tensors = dict[str, torch.Tensor]
 

@@ -172,7 +172,8 @@ def test_pack_sampling():
     # The position that the sampled token will have.
     assert inputs.step[:3].tolist() == [6, 6, 4]
     assert inputs.flags.tolist() == [MASKS_STOPS, 0, 0, 0, 0]
-    assert inputs.slots[:3].tolist() == [1, 2, 0]
+    nowhere = states.max_num_seqs
+    assert inputs.slots.tolist() == [1, 2, 0, nowhere, nowhere]
     assert inputs.forced_ids.tolist() == [-1] * 5
     for name, neutral in (("presence_penalty", 0), ("frequency_penalty", 0), ("repetition_penalty", 1)):
         assert getattr(inputs, name).tolist() == [neutral] * 5

@@ -70,7 +70,11 @@ def grant_engine_shutdown_grace() -> None:
 
 
 def skip_the_last_collection() -> None:
-    """Let this process end without a last look for garbage: through all that vLLM and the compiler have made it takes two seconds."""
+    """Let this process end without a last look for garbage: through all that vLLM and the compiler have made it takes two seconds.
+
+    What is in cycles then ends with the process, its `__del__` unrun, as Python allows.
+    """
+    atexit.unregister(gc.freeze)  # a second call changes nothing
     atexit.register(gc.freeze)
 
 

@@ -87,6 +87,7 @@ class InputBatch:
             column = getattr(out, name)
             column[:n] = getattr(states, name)[slots]
             column[n:] = states.vocab_size if name == "top_k" else neutral
+        out.slots[:] = states.max_num_seqs  # none, of rows that pad the batch
         out.slots[:n] = slots
         out.step[:n] = self.num_computed + self.num_tokens
         out.flags[:n] |= np.where(self.masks_stops(states), MASKS_STOPS, 0)

@@ -155,7 +155,7 @@ def sample(
         The tokens, int32 [R], and, where `processed`, the float32 logits [R, V] they were drawn from, else None.
     """
     temperature, top_k, top_p, min_p = rows.temperature, rows.top_k, rows.top_p, rows.min_p
-    drawn, there = temperature > 0, rows.slots < tables.seen.shape[0]
+    drawn, there = temperature > 0, rows.slots < tables.seen.shape[0]  # rows that pad the batch have no slot
     limited_by_k, limited_by_p, floored = (top_k < logits.shape[-1]).any(), (top_p < 1).any(), (min_p > 0).any()
 
     def scale(logits: jax.Array) -> jax.Array:
