@@ -53,6 +53,7 @@ KINDS = {
     "choice": lambda i: (dict(choice=[f"yes {i}", f"no {i}"]), is_match(rf"(yes|no) {i}")),
     "grammar": lambda i: (dict(grammar=f'root ::= "n{i} " ("plus" | "minus") " m"'), is_match(rf"n{i} (plus|minus) m")),
     "structural_tag": lambda i: (dict(structural_tag=structural_tag(i)), is_match(rf"<call>p{i}[a-c]{{3}}</call>")),
+    "long": lambda i: (dict(regex=rf"id{i}-[a-f]{{40}}"), is_match(rf"id{i}-[a-f]{{40}}")),
 }
 SERVED_BY = {
     "xgrammar": ["json", "regex", "choice", "grammar", "structural_tag"],
@@ -105,7 +106,7 @@ def test_with_everything_else_that_changes_logits(llm):
 
 
 def test_preempted_in_the_middle(llm, monkeypatch):
-    """The cache holds a few requests: those that lose their place go on where they were when they return."""
+    """The cache holds three of the long answers: those that lose their place go on where they were when they return."""
     kind = type(scheduler(llm))
     original, preempted = kind._preempt_request, []
 
@@ -114,8 +115,8 @@ def test_preempted_in_the_middle(llm, monkeypatch):
         return original(self, request, *args, **kwargs)
 
     monkeypatch.setattr(kind, "_preempt_request", counted)
-    kinds = ["json", "regex", "choice"]
-    batch = [structured(kinds[i % 3], i, repetition_penalty=1.2) for i in range(24)]
+    kinds = ["json", "long", "choice", "long"]
+    batch = [structured(kinds[i % 4], i, repetition_penalty=1.2) for i in range(24)]
     prompts = [PROMPT + " there was a fox" * (i % 5) for i in range(24)]
     outputs = complete(llm, prompts, [params for params, _ in batch])
     for out, (_, check) in zip(outputs, batch, strict=True):
