@@ -103,6 +103,42 @@ def test_on_several_devices(quantized, kind, where):
     assert sum(a[0] == b[0] for a, b in zip(expected, found, strict=True)) >= 4, SUMS
 
 
+FOUR_BITS = ["int4-group", "int4-zeros", "awq", "gptq", "nvfp4", "mxfp4"]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if k not in ("awq", "mxfp4") else ()) for k in FOUR_BITS]
+)
+def test_two_values_of_four_bits_in_a_byte(zoo, tmp_path_factory, kind, impl):
+    """Where columns are whole blocks: half the bytes, and the twin's answers."""
+    made, twin = quantized_models.save(zoo("llama@blocks"), kind, tmp_path_factory.mktemp("packed"))
+    with engine(made, dtype="bfloat16", model_impl=impl) as llm:
+        found = tokens(llm, prompts(6), COUNT)
+        leaves = jax.tree.leaves(runner(llm).functions.params)
+    values = [leaf for leaf in leaves if leaf.dtype == np.uint8]
+    per_layer = 256 * (8 + 2 * 2) * 32 + 256 * 256 + 3 * 256 * 512
+    assert sum(leaf.size for leaf in values) == 3 * per_layer // 2
+    assert not any(leaf.dtype in ("int8", "float8_e4m3fn") for leaf in leaves)
+    with engine(twin, dtype="bfloat16", model_impl=impl) as llm:
+        expected = tokens(llm, prompts(6), COUNT)
+    assert sum(a == b for a, b in zip(expected, found, strict=True)) >= 5, "sums of products are in another order"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["auto", "vllm"])
+@pytest.mark.parametrize("kind", ["int4-zeros", "mxfp4"])
+def test_two_values_in_a_byte_on_two_devices(zoo, tmp_path_factory, kind, impl):
+    """Of o_proj a device has half a block of columns, which stays in bytes; of down_proj a whole one."""
+    made, twin = quantized_models.save(zoo("llama@blocks"), kind, tmp_path_factory.mktemp("packed"))
+    with engine(made, dtype="bfloat16", tensor_parallel_size=2, model_impl=impl) as llm:
+        found = tokens(llm, prompts(6), 8)
+        leaves = jax.tree.leaves(runner(llm).functions.params)
+    assert {str(leaf.dtype) for leaf in leaves} >= {"uint8", "int8" if kind == "int4-zeros" else "float8_e4m3fn"}
+    expected = [answer[:8] for answer in answers(twin, model_impl=impl)]
+    assert sum(a[0] == b[0] for a, b in zip(expected, found, strict=True)) >= 4, SUMS
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("flags", "dtype"),
@@ -362,7 +398,7 @@ def test_floats_of_four_bits_are_as_their_twin(zoo, tmp_path, model, kind, impl)
     with engine(twin, **options) as llm:
         expected = of_prompts(llm)
     with engine(made, model_impl=impl, **options) as llm:
-        assert "int8" in {str(leaf.dtype) for leaf in jax.tree.leaves(runner(llm).functions.params)}
+        assert "float8_e4m3fn" in {str(leaf.dtype) for leaf in jax.tree.leaves(runner(llm).functions.params)}
         found = of_prompts(llm)
     assert likeness(expected, found) > 0.95
 

@@ -122,6 +122,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "d128": dict(head_dim=128),
     "deep": dict(_EIGHT, num_hidden_layers=6),
     "even": dict(hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=2, head_dim=32),
+    "blocks": dict(hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=2, head_dim=32),
     "even-experts": dict(
         hidden_size=128,
         num_attention_heads=8,
@@ -133,7 +134,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": dict(tie_word_embeddings=True),
 }
 """What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants, and a vocabulary that it divides or not; a head dim
-that the Pallas kernels serve; sizes that groups of quantized columns divide, on eight devices too; layers enough to repeat; a head that
+that the Pallas kernels serve; sizes that groups of quantized columns divide, on eight devices too; whole blocks of values of four bits; layers enough to repeat; a head that
 is the embedding, as vLLM's class of Gemma 2 has it."""
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from helpers.quantized_models import AWQ_ORDER, words_of
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.layers.common import mxfp4
+from tpu_inference.layers.common.four_bits import packed_values, packed_with_zero_points
 from tpu_inference.layers.common.quantization import (
     PackedSource,
     Quantization,
@@ -135,7 +137,7 @@ def test_any_part_of_nvfp4_is_what_the_format_says(box, divides, parts):
         "l.of_tensor": np.array([1 / whole if divides else whole], np.float32),
     }
     scheme = Scheme(
-        "int8", (1, 16), packed=4, layout="nvfp4", values_name="weight_packed", tensor_scale_name="of_tensor", divides=divides
+        "float8_e4m3fn", (1, 16), packed=4, layout="nvfp4", values_name="weight_packed", tensor_scale_name="of_tensor", divides=divides
     )  # fmt: skip
     weight = Source("l.weight", (ROWS, 64))
     values, grid = scheme.values(weight), scheme.scales(weight, parts)
@@ -147,7 +149,7 @@ def test_any_part_of_nvfp4_is_what_the_format_says(box, divides, parts):
 
     rows, columns = box
     found = values.read(read, values.name, box)
-    assert found.dtype == np.int8
+    assert found.dtype == ml_dtypes.float8_e4m3fn
     every = grid.read(read, grid.name, (rows, slice(0, 4 * parts))).repeat(16 // parts, axis=1)[:, columns]
     np.testing.assert_allclose(found * every, meant[box], rtol=1e-6)
     group = slice(columns.start * parts // 16, -(-columns.stop * parts // 16))
@@ -166,7 +168,7 @@ def test_any_part_of_mxfp4_is_what_the_format_says(box, parts):
     values_of = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
     meant = values_of[codes] * np.exp2(exponents.astype(np.float32) - 127).repeat(32, axis=1)
     tensors = {"l.weight_packed": codes[:, ::2] | codes[:, 1::2] << 4, "l.weight_scale": exponents}
-    scheme = Scheme("int8", (1, 32), packed=4, layout="mxfp4", values_name="weight_packed")
+    scheme = Scheme("float8_e4m3fn", (1, 32), packed=4, layout="mxfp4", values_name="weight_packed")
     weight = Source("l.weight", (ROWS, 64))
     values, grid = scheme.values(weight), scheme.scales(weight, parts)
     assert scheme.weight_shape((ROWS, 32)) == (ROWS, 64) and scheme.stored_dtype == "uint8"
@@ -191,10 +193,11 @@ def spec_of(columns, axis, pieces):
 def test_scales_of_padded_columns():
     source = Source("w.weight", (ROWS, 16))
     spec = spec_of(24, 1, (source.piece(0, 16), Piece(8)))
-    values, scales = quantized(spec, Scheme("int8", (1, 8)), shards=1)
+    held = quantized(spec, Scheme("int8", (1, 8)), shards=1)
+    values, scales = held.values, held.scales
     assert values.shape == (ROWS, 24) and scales.shape == (ROWS, 3)
     assert [(p.size, p.start, p.source is None) for p in scales.pieces] == [(2, 0, False), (1, 0, True)]
-    assert quantized(spec, Scheme("int8"), shards=1)[1].shape == (ROWS, 1)
+    assert quantized(spec, Scheme("int8"), shards=1).scales.shape == (ROWS, 1)
 
 
 @settings(deadline=None)
@@ -202,8 +205,8 @@ def test_scales_of_padded_columns():
 def test_blocks_that_devices_cut_are_scaled_in_parts(case, start, length):
     columns, shards, size = case
     source = Source("w.weight", (ROWS, columns))
-    values, scales = quantized(spec_of(columns, 1, (source.piece(0, columns),)), Scheme("int8", (4, 128)), shards)
-    groups = columns // size
+    held = quantized(spec_of(columns, 1, (source.piece(0, columns),)), Scheme("int8", (4, 128)), shards)
+    values, scales, groups = held.values, held.scales, columns // size
     assert values.shape == (ROWS, columns) and scales.shape == (ROWS, groups)
     stored = np.random.default_rng(0).random((-(-ROWS // 4), -(-columns // 128))).astype(np.float32)
     (piece,) = scales.pieces
@@ -212,6 +215,107 @@ def test_blocks_that_devices_cut_are_scaled_in_parts(case, start, length):
     read = piece.source.read(reader(stored), "w", (slice(2, 7), part))
     every = stored.repeat(4, axis=0).repeat(128, axis=1)[:ROWS, :columns]
     assert (read == every[2:7, ::size][:, part]).all()
+
+
+def codes_of(stored):
+    """Codes [rows, columns] of what `pack` stores."""
+    blocks = stored.reshape(len(stored), -1, 1, 128)
+    return np.concatenate([blocks & 15, blocks >> 4], axis=2).reshape(len(stored), -1)
+
+
+def meant_by(held, read):
+    """float32 [rows, columns] of the one piece of each of its arrays."""
+
+    def whole(spec):
+        (piece,) = spec.pieces
+        assert piece.size == spec.shape[spec.axis]
+        return piece.source.read(read, piece.source.name, tuple(slice(0, n) for n in spec.shape))
+
+    codes, scales = codes_of(whole(held.values)), whole(held.scales).repeat(held.group, axis=1)
+    if held.packed == "e2m1":
+        assert not (codes == 8).any(), "-0 is no number where the kernel reads it"
+        return mxfp4.VALUES[codes] * scales
+    points = 8 if held.zero_points is None else whole(held.zero_points).repeat(held.group, axis=1)
+    return (codes.astype(np.float32) - points) * scales
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
+def test_two_values_of_four_bits_are_in_a_byte(layout, axis):
+    words, zeros, meant = with_zeros(layout, 16, 512, 64)
+    scheme = Scheme(
+        "int8", (1, 64), packed=4, layout=layout, zeros_name=None if zeros is None else "zeros", values_name="words", scales_name="scales"
+    )  # fmt: skip
+    source = Source("l.weight", meant.shape)
+    spec = WeightSpec(meant.shape, "bfloat16", ("embed", "mlp"), (source.piece(0, meant.shape[axis]),), axis)
+    held = quantized(spec, scheme, 2)
+    assert held.packed == "int4" and held.values.shape == (16, 256) and held.group == 64
+    scales = np.random.default_rng(2).random((16, 8)).astype(np.float32)
+    stored = scales if layout == "compressed-tensors" else scales.T
+    tensors = {"l.words": words.numpy(), "l.scales": stored, "l.zeros": None if zeros is None else zeros.numpy()}
+    names = {name for part in (held.values, held.scales, held.zero_points) if part for name in part.sources()}
+    assert names == {name for name, tensor in tensors.items() if tensor is not None}
+
+    def read(name, index=()):
+        return tensors[name][index] if index else tensors[name]
+
+    np.testing.assert_allclose(meant_by(held, read), meant * scales.repeat(64, axis=1), rtol=1e-6)
+    (piece,) = held.values.pieces
+    part = piece.source.read(read, piece.source.name, (slice(3, 9), slice(128, 256)))
+    np.testing.assert_array_equal(
+        part, piece.source.read(read, piece.source.name, (slice(0, 16), slice(0, 256)))[3:9, 128:]
+    )
+
+
+def test_two_floats_of_four_bits_are_in_a_byte():
+    rng = np.random.default_rng(4)
+    codes, exponents = rng.integers(0, 16, (ROWS, 256), np.uint8), rng.integers(100, 150, (ROWS, 8), np.uint8)
+    tensors = {"l.weight_packed": codes[:, ::2] | codes[:, 1::2] << 4, "l.weight_scale": exponents}
+    scheme = Scheme("float8_e4m3fn", (1, 32), packed=4, layout="mxfp4", values_name="weight_packed")
+    source = Source("l.weight", (ROWS, 256))
+    held = quantized(WeightSpec((ROWS, 256), "bfloat16", ("mlp", "embed"), (source.piece(0, ROWS),)), scheme, 4)
+    found = meant_by(held, lambda name, index=(): tensors[name][index] if index else tensors[name])
+    scales = np.exp2(exponents.astype(np.float32) - 127).repeat(32, axis=1)
+    np.testing.assert_array_equal(found, mxfp4.VALUES[codes] * scales)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pieces", "group", "shards", "experts"),
+    [
+        pytest.param((8, 384), [(384, 0)], 32, 1, None, id="columns"),
+        pytest.param((8, 768), [(768, 0)], 32, 2, None, id="columns of a device"),
+        pytest.param((8, 512), [(384, 0), (128, 384)], 32, 1, None, id="pieces"),
+        pytest.param((8, 512), [(256, 128), (256, 0)], 32, 1, None, id="starts of pieces"),
+        pytest.param((8, 768), [(768, 0)], 96, 1, None, id="groups"),
+        pytest.param((8, 512), [(512, 0)], 32, 1, 4, id="experts"),
+        pytest.param((8, 512), [(256, 0), (256, None)], None, 1, None, id="empty columns without a scale of their own"),
+    ],
+)
+def test_what_has_a_byte_for_each_value(shape, pieces, group, shards, experts):
+    source = Source("l.weight", (8, 1024))
+    made = tuple(Piece(size, None if start is None else source, start or 0) for size, start in pieces)
+    spec = WeightSpec(shape, "bfloat16", ("embed", "mlp"), made, 1, experts=experts)
+    held = quantized(spec, Scheme("int8", (1, group), packed=4, values_name="words"), shards)
+    assert held.packed is None and held.values.dtype == np.int8 and held.values.shape == shape
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([1, 2, 4]), st.booleans())
+def test_bytes_that_are_packed_afterwards(seed, groups, floats):
+    """As vLLM's loaders have them."""
+    rng, shape = np.random.default_rng(seed), (5, 256)
+    if floats:
+        values = mxfp4.VALUES[rng.integers(0, 16, shape)].astype(ml_dtypes.float8_e4m3fn)
+        codes = codes_of(packed_values(values, "e2m1"))
+        np.testing.assert_array_equal(mxfp4.VALUES[codes], values.astype(np.float32))
+        assert not (codes == 8).any()
+        return
+    values = rng.integers(-8, 8, shape).astype(np.int8)
+    np.testing.assert_array_equal(codes_of(packed_values(values, "int4")).astype(np.int8) - 8, values)
+    values += rng.integers(-7, 8, (5, groups)).astype(np.int8).repeat(256 // groups, axis=1)
+    stored, points = packed_with_zero_points(values, groups)
+    found = codes_of(stored).astype(np.float32) - points.repeat(256 // groups, axis=1)
+    np.testing.assert_array_equal(found, values)
 
 
 @pytest.mark.parametrize(("columns", "shards"), [(24, 2), (20, 1)])

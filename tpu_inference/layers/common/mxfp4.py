@@ -52,7 +52,7 @@ class Mxfp4Source(Source):
 
 @dataclass(frozen=True)
 class Mxfp4ScaleSource(Source):
-    """Scales [rows, groups] stored as exponents of two, half of what they are: values on the device are twice theirs, as NVFP4's."""
+    """Scales [rows, groups] stored as exponents of two."""
 
     parts: int = 1
     """Groups on the device that one of the checkpoint's is cut into."""
@@ -62,5 +62,5 @@ class Mxfp4ScaleSource(Source):
         groups = slice(columns.start // self.parts, -(-columns.stop // self.parts))
         exponents = read(name, (rows, groups)).astype(np.int32) - _EXPONENT_BIAS
         start = columns.start - groups.start * self.parts
-        scales = np.ldexp(np.float32(0.5), exponents).repeat(self.parts, axis=1)
+        scales = np.ldexp(np.float32(1), exponents).repeat(self.parts, axis=1)
         return scales[:, start : start + columns.stop - columns.start]

@@ -44,6 +44,8 @@ class PackedSource(Source):
     """Name of the tensor of zero points, packed by rows: one for each row and group, of 4-bit values (differences fit into int8)."""
     group: int = 0
     """Columns that share a zero point."""
+    codes: bool = False
+    """Whether fields are read as they are, uint8, zero points aside."""
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -58,12 +60,15 @@ class PackedSource(Source):
 
     @property
     def beside(self) -> tuple[Source, ...]:
-        if self.zeros is None:
-            return ()
+        return () if self.zeros is None or self.codes else (self.zero_points(),)
+
+    def zero_points(self, parts: int = 1) -> "ZeroPointSource":
+        """Those of its groups, each of which is cut into so many on the device."""
+        assert self.zeros is not None
         rows, columns = self.weight_shape
         words, groups = rows * self.bits // 32, columns // self.group
         shape = (groups, words) if self.layout == "awq" else (words, groups)
-        return (Source(self.zeros, shape),)
+        return ZeroPointSource(self.zeros, shape, self.offset, self.bits, self.layout == "awq", parts)
 
     def read(self, read: Callable[..., np.ndarray], name: str, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
@@ -77,6 +82,8 @@ class PackedSource(Source):
         else:
             words, part = _cover(columns, fit)
             values = unpack(read(name, (rows, words)), 1, bits)[:, part]
+        if self.codes:
+            return values.astype(np.uint8)
         if self.zeros is None:
             return (values - 2 ** (bits - 1)).astype(np.int8)
         return (values - self._zeros(read, self._zeros_name(name), rows, columns)).astype(np.int8)
@@ -87,13 +94,31 @@ class PackedSource(Source):
         return f"{name.rpartition('.')[0]}.{self.zeros.rpartition('.')[2]}"
 
     def _zeros(self, read: Callable[..., np.ndarray], name: str, rows: slice, columns: slice) -> np.ndarray:
-        """int16 [rows, columns]."""
-        words, part = _cover(rows, 32 // self.bits)
+        """[rows, columns]."""
         first = columns.start // self.group
-        groups = slice(first, -(-columns.stop // self.group))
-        if self.layout == "awq":
+        points = self.zero_points().read(read, name, (rows, slice(first, -(-columns.stop // self.group))))
+        start = columns.start - first * self.group
+        return np.repeat(points, self.group, axis=1)[:, start : start + columns.stop - columns.start]
+
+
+@dataclass(frozen=True)
+class ZeroPointSource(Source):
+    """Unsigned zero points [rows, groups], float32; `shape` is that of their words, which pack rows."""
+
+    bits: int = 4
+    awq: bool = False
+    """Whether groups come first, and fields in AWQ's order."""
+    parts: int = 1
+    """Groups on the device that one of the checkpoint's is cut into."""
+
+    def read(self, read: Callable[..., np.ndarray], name: str, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = index
+        words, part = _cover(rows, 32 // self.bits)
+        groups = slice(columns.start // self.parts, -(-columns.stop // self.parts))
+        if self.awq:
             points = unpack(read(name, (groups, words)), 1, self.bits, _AWQ_ORDER)[:, part].T
         else:
             points = unpack(read(name, (words, groups)), 0, self.bits)[part]
-        start = columns.start - first * self.group
-        return np.repeat(points, self.group, axis=1)[:, start : start + columns.stop - columns.start]
+        start = columns.start - groups.start * self.parts
+        every = points.repeat(self.parts, axis=1)[:, start : start + columns.stop - columns.start]
+        return every.astype(np.float32)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized weights of linear layers: how checkpoints store them, and what the device holds.
 
-The device holds `values` [out, in] of one byte, four-bit ones too, and `scales` float32 [out, groups], whatever the checkpoint's
-granularity is: scales of a tensor or of blocks of rows are repeated for each row. Both are assembled from pieces, as any weight is;
-the sources below turn what is read into rows.
+The device holds `values` [out, in] of one byte, or [out, in / 2] of two four-bit ones, and `scales` float32 [out, groups], whatever the
+checkpoint's granularity is: scales of a tensor or of blocks of rows are repeated for each row. All are assembled from pieces, as any weight
+is; the sources below turn what is read into rows.
 """
 
 import math
@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.quantized_matmul import BLOCK, Packed
+from tpu_inference.layers.common.four_bits import NibbleSource, is_whole
 from tpu_inference.layers.common.mxfp4 import Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, Nvfp4Source
 from tpu_inference.layers.common.packed import Layout, PackedSource
@@ -137,6 +139,18 @@ class Scheme:
     """Whether that is divided by."""
 
     @property
+    def code(self) -> Packed | None:
+        """How the device has two values in a byte; None where it never does."""
+        if self.layout in FP4:
+            return "e2m1"
+        return "int4" if self.packed == 4 else None
+
+    def code_on(self, columns: int, shards: int) -> Packed | None:
+        """The same for weights of so many columns on so many devices."""
+        group = self.block[1] or columns
+        return self.code if is_whole(columns, shards, group if group < columns else BLOCK) else None
+
+    @property
     def stored_dtype(self) -> str:
         """Of the tensor `values_name`, where a weight in full may have that name."""
         return "uint8" if self.layout in FP4 else self.dtype
@@ -159,19 +173,23 @@ class Scheme:
         """Scales of a row."""
         return 1 if self.block[1] is None else -(-columns // self.block[1])
 
-    def values(self, source: Source, parts: int = 1) -> Source:
-        """What the checkpoint has in place of the weight `source`; `parts` as for `scales`."""
+    def values(self, source: Source, parts: int = 1, *, codes: bool = False) -> Source:
+        """What the checkpoint has in place of the weight `source`, or its codes of four bits; `parts` as for `scales`."""
         if self.at_load:
             group = self.block[1] and self.block[1] // parts
             return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group)
         name = source.name.removesuffix("weight") + self.values_name
         if self.layout in FP4:
-            return Nvfp4Source.of(source, name)
+            return Nvfp4Source.of(source, name, codes)
         if self.packed:
-            return self._packed(source, name)
+            return self._packed(source, name, codes)
         return replace(source, name=name)
 
-    def _packed(self, source: Source, name: str) -> Source:
+    def zero_points(self, source: Source, parts: int = 1) -> Source:
+        """Its zero points, of groups as `scales` has them."""
+        return self._packed(source, source.name.removesuffix("weight") + self.values_name).zero_points(parts)
+
+    def _packed(self, source: Source, name: str, codes: bool = False) -> PackedSource:
         assert self.layout not in FP4
         (rows, columns), words = source.shape, lambda n: -(-n * self.packed // 32)
         shape = {
@@ -180,7 +198,8 @@ class Scheme:
             "awq": (columns, words(rows)),
         }[self.layout]
         zeros = self.zeros_name and source.name.removesuffix("weight") + self.zeros_name
-        return PackedSource(name, shape, source.offset, self.packed, self.layout, zeros, self.block[1] or columns)
+        group = self.block[1] or columns
+        return PackedSource(name, shape, source.offset, self.packed, self.layout, zeros, group, codes)
 
     def scales(self, source: Source, parts: int = 1) -> Source:
         """Its scales, of groups of columns each of which is cut into so many."""
@@ -247,45 +266,88 @@ class Quantization:
         return next(iter(schemes.values()), None)
 
 
-def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> tuple[WeightSpec, WeightSpec]:
-    """(values, scales) in place of a weight [out, in].
+@dataclass(frozen=True)
+class QuantizedSpecs:
+    """What the device holds in place of a weight [out, in]."""
+
+    values: WeightSpec
+    scales: WeightSpec
+    zero_points: WeightSpec | None = None
+    packed: Packed | None = None
+    """As `quantized_matmul` takes it."""
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.values.shape[1] * (2 if self.packed else 1) // self.scales.shape[1]
+
+
+def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> QuantizedSpecs:
+    """In place of a weight [out, in].
 
     Where a piece or a device has a part of a group of columns, the device's groups are smaller than the checkpoint's (not those of experts).
 
     Raises:
         TpuInferenceError: groups of columns that a piece or a device would have too small a part of.
     """
-    groups, (rows, columns), size, parts = scheme.groups(spec.shape[1]), spec.shape, spec.shape[1], 1
+    groups, size, parts = scheme.groups(spec.shape[1]), spec.shape[1], 1
     if groups > 1:
-        size = _group_size(spec, scheme.block[1] or columns, shards)
-        groups, parts = columns // size, (scheme.block[1] or columns) // size
-    pieces = tuple(
-        piece if piece.source is None else replace(piece, source=scheme.values(piece.source, parts))
-        for piece in spec.pieces
-    )
-    values = replace(spec, dtype=np.dtype(scheme.dtype), pieces=pieces)
-    axis, scale_pieces = (
-        spec.axis,
-        tuple(
-            piece if piece.source is None else replace(piece, source=scheme.scales(piece.source, parts))
-            for piece in spec.pieces
-        ),
-    )
-    if spec.axis == 1 and groups == 1:
-        source = next(piece.source for piece in scale_pieces if piece.source is not None)
-        axis, scale_pieces = 0, (Piece(rows, source),)
-    elif spec.axis == 1:
-        scale_pieces = tuple(replace(p, size=p.size // size, start=p.start // size) for p in scale_pieces)
-    scales = replace(
+        whole = scheme.block[1] or size
+        size = _group_size(spec, whole, shards)
+        groups, parts = spec.shape[1] // size, whole // size
+    packed = _code(spec, scheme, groups, shards)
+    per_byte = 2 if packed else 1
+
+    def values_of(source: Source) -> Source:
+        return NibbleSource.of(scheme.values(source, parts, codes=True)) if packed else scheme.values(source, parts)
+
+    values = replace(
         spec,
-        shape=(rows, groups),
-        dtype=np.float32,
-        axes=(spec.axes[0], spec.axes[1] if groups > 1 else None),
-        pieces=scale_pieces,
-        axis=axis,
-        init="scales",
+        shape=(spec.shape[0], spec.shape[1] // per_byte),
+        dtype=np.dtype(np.uint8 if packed else scheme.dtype),
+        pieces=_pieces(spec, per_byte, values_of),
+        init=packed or spec.init,
     )
-    return values, scales
+
+    def of_groups(read_from: Callable[[Source, int], Source], init: Literal["scales", "zero_points"]) -> WeightSpec:
+        return _of_groups(spec, groups, lambda source: read_from(source, parts), init)
+
+    zero_points = of_groups(scheme.zero_points, "zero_points") if packed and scheme.zeros_name else None
+    return QuantizedSpecs(values, of_groups(scheme.scales, "scales"), zero_points, packed)
+
+
+def _pieces(spec: WeightSpec, per_entry: int, read_from: Callable[[Source], Source]) -> tuple[Piece, ...]:
+    """Those of an array in place of the weight, each of whose columns is for so many of the weight's."""
+    n = per_entry if spec.axis == 1 else 1
+    return tuple(Piece(p.size // n, p.source and read_from(p.source), p.start // n) for p in spec.pieces)
+
+
+def _of_groups(
+    spec: WeightSpec, groups: int, read_from: Callable[[Source], Source], init: Literal["scales", "zero_points"]
+) -> WeightSpec:
+    """float32 [out, groups] beside the weight `spec`."""
+    axis, pieces = spec.axis, _pieces(spec, spec.shape[1] // groups if groups > 1 else 1, read_from)
+    if axis == 1 and groups == 1:
+        source = next(piece.source for piece in pieces if piece.source is not None)
+        axis, pieces = 0, (Piece(spec.shape[0], source),)
+    axes, shape = (spec.axes[0], spec.axes[1] if groups > 1 else None), (spec.shape[0], groups)
+    return replace(spec, shape=shape, dtype=np.float32, axes=axes, pieces=pieces, axis=axis, init=init)
+
+
+def _code(spec: WeightSpec, scheme: Scheme, groups: int, shards: int) -> Packed | None:
+    """How two values are in a byte; None where a device, or a piece, has no whole blocks of columns, and for experts."""
+    code = scheme.code_on(spec.shape[1], _shards_of_columns(spec, shards))
+    if code is None or spec.experts is not None:
+        return None
+    if spec.axis == 0:
+        return code
+    whole = all(n % BLOCK == 0 for piece in spec.pieces for n in (piece.size, piece.start))
+    # With one scale a row, columns that are left empty would not be of zeros.
+    return code if whole and (groups > 1 or all(piece.source for piece in spec.pieces)) else None
+
+
+def _shards_of_columns(spec: WeightSpec, shards: int) -> int:
+    return 1 if spec.axes[1] in (None, "embed") else shards
 
 
 @dataclass(frozen=True)
@@ -338,9 +400,7 @@ def part_of_group(size: int, whole: Iterable[int]) -> int | None:
 def _group_size(spec: WeightSpec, size: int, shards: int) -> int:
     """Columns that share a scale on the device, where `size` do in the checkpoint. Raises TpuInferenceError where groups would be cut too small."""
     name = next(piece.source.name for piece in spec.pieces if piece.source is not None)
-    whole = [spec.shape[1]]
-    if spec.axes[1] not in (None, "embed"):
-        whole.append(spec.shape[1] // shards)
+    whole = [spec.shape[1], spec.shape[1] // _shards_of_columns(spec, shards)]
     if spec.axis == 1:
         whole += [n for piece in spec.pieces for n in (piece.size, piece.start)]
     part = part_of_group(size, whole)

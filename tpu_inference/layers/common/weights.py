@@ -90,8 +90,9 @@ class WeightSpec:
     """Of `experts`, the last ones, which no checkpoint has and no token goes to: zeros."""
     experts_axis: str | None = None
     """Logical axis of that dimension."""
-    init: Literal["normal", "zeros", "ones", "scales"] = field(default="normal")
-    """Dummy value: N(0, 0.02), or whole numbers where the dtype has no others; a constant, which for scales is one that makes 0.02 of those."""
+    init: Literal["normal", "zeros", "ones", "scales", "zero_points", "int4", "e2m1"] = field(default="normal")
+    """Dummy value: N(0, 0.02), or whole numbers where the dtype has no others; a constant, which for scales is one that makes 0.02 of those; codes
+    of four bits, two a byte."""
 
     def __post_init__(self) -> None:
         total = sum(piece.size for piece in self.pieces)

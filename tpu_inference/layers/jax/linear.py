@@ -31,13 +31,13 @@ class Linear(nnx.Module):
         bias: Sequence[Piece] | None = None,
     ) -> None:
         self.accumulate_dtype, self.mesh, self.axes = ctx.accumulate_dtype, ctx.mesh, axes
-        weight, scales = WeightSpec(shape, ctx.dtype, axes, tuple(pieces), axis), None
+        weight = WeightSpec(shape, ctx.dtype, axes, tuple(pieces), axis)
         scheme = ctx.quantization and ctx.quantization.of_weight(weight.pieces)
-        if scheme:
-            weight, scales = quantized(weight, scheme, ctx.shards)
-        self.activations = scheme.activations if scheme else None
-        kind = StackParam if scales else nnx.Param
-        self.weight, self.scales = kind(weight), kind(scales) if scales else None
+        held = quantized(weight, scheme, ctx.shards) if scheme else None
+        self.activations, self.packed = (scheme.activations, held.packed) if scheme and held else (None, None)
+        self.weight = StackParam(held.values) if held else nnx.Param(weight)
+        self.scales = StackParam(held.scales) if held else None
+        self.zero_points = StackParam(held.zero_points) if held and held.zero_points else None
         spec = bias and WeightSpec(shape[:1], ctx.dtype, axes[:1], tuple(bias), init="zeros")
         self.bias = nnx.Param(spec) if spec else None
 
@@ -47,8 +47,9 @@ class Linear(nnx.Module):
             y = matmul(x, self.weight[...], self.accumulate_dtype)
         else:
             y = quantized_product(
-                x, self.weight[...], self.scales[...], axes=self.axes, mesh=self.mesh,
-                activations=self.activations, accumulate_dtype=self.accumulate_dtype,
+                x, self.weight[...], self.scales[...], axes=self.axes, mesh=self.mesh, accumulate_dtype=self.accumulate_dtype,
+                activations=self.activations, packed=self.packed,
+                zero_points=None if self.zero_points is None else self.zero_points[...],
                 layer=layer if isinstance(self.weight, StackParam) else None,
             )  # fmt: skip
         return y if self.bias is None else y + self.bias[...]

@@ -126,11 +126,10 @@ class MoE(nnx.Module):
             raise TpuInferenceError(
                 f"{next(iter(spec.sources()))} holds the quantized weights of all experts together: served are tensors of one expert each."
             )
-        values, scales = quantized(spec, scheme, self.shards)
-        if scales.shape[1] > 1:
-            size = values.shape[1] // scales.shape[1]
-            refuse_small_groups(next(iter(spec.sources())), size, self.mesh.devices.flat[0].platform)
-        return StackParam(values), StackParam(scales)
+        held = quantized(spec, scheme, self.shards)
+        if held.scales.shape[1] > 1:
+            refuse_small_groups(next(iter(spec.sources())), held.group, self.mesh.devices.flat[0].platform)
+        return StackParam(held.values), StackParam(held.scales)
 
     def _bias_specs(self, width: str | None, stack: dict[str, Any]) -> tuple[WeightSpec, WeightSpec] | None:
         names = self.moe.names

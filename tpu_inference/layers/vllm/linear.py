@@ -20,7 +20,7 @@ from tpu_inference.layers.common.partition import Partition
 from tpu_inference.layers.common.quantized_linear import quantized_product
 from tpu_inference.layers.common.sharding import MODEL_AXIS, LogicalAxes
 from tpu_inference.layers.vllm.placement import DIVIDED, WHOLE, partition_of
-from tpu_inference.layers.vllm.quantization import SCALES, VALUES, QuantizedLinearMethod
+from tpu_inference.layers.vllm.quantization import SCALES, VALUES, ZERO_POINTS, QuantizedLinearMethod
 
 Times = Callable[[torch.nn.Module, str, jax.Array], jax.Array | None]
 """(layer, suffix of its arrays, x [T, in]) -> [T, out], or None where the layer has no such arrays."""
@@ -46,7 +46,8 @@ def _quantized(method: QuantizedLinearMethod, axes: LogicalAxes, mesh: Mesh, acc
             return None
         return quantized_product(
             x, values, scales, axes=(None, None) if suffix == WHOLE else axes, mesh=mesh,
-            activations=method.scheme.activations, accumulate_dtype=accumulate_dtype,
+            accumulate_dtype=accumulate_dtype, activations=method.scheme.activations, packed=method.packed,
+            zero_points=_array(layer, ZERO_POINTS + suffix),
         )  # fmt: skip
 
     return times

@@ -18,15 +18,24 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, GroupQuantScaleParameter, ModelWeightParameter
 
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.quantized_matmul import Packed
+from tpu_inference.layers.common.four_bits import packed_values, packed_with_zero_points
 from tpu_inference.layers.common.quantization import Quantization, Scheme
 from tpu_inference.layers.common.sharding import LogicalAxes
 from tpu_inference.layers.vllm.attention import CacheScalesMethod
 from tpu_inference.layers.vllm.placement import placements
 from tpu_inference.layers.vllm.quantized_experts import QuantizedExpertsMethod
-from tpu_inference.layers.vllm.rounding import CHECKPOINT_NUMEL, group_size, repeat_then, rounded_whole
+from tpu_inference.layers.vllm.rounding import (
+    CHECKPOINT_NUMEL,
+    group_size,
+    repeat_then,
+    rounded_whole,
+    to_numpy,
+    to_torch,
+)
 
-VALUES, SCALES = "weight", "weight_scale"
-"""Names of the parameters of every quantized layer."""
+VALUES, SCALES, ZERO_POINTS = "weight", "weight_scale", "weight_zero_point"
+"""Names of the parameters of quantized layers; the last is of packed values alone."""
 
 
 class TpuQuantizationConfig(QuantizationConfig):
@@ -108,10 +117,11 @@ class TpuQuantizationConfig(QuantizationConfig):
 
 @register_weight_loader_v2_supported_method
 class QuantizedLinearMethod(LinearMethodBase):
-    """One layer's values [out, in] and scales [out, groups]; `product` is set before it computes."""
+    """One layer's values [out, in], or [out, in / 2] of two each, and scales [out, groups]; `product` is set before it computes."""
 
     def __init__(self, scheme: Scheme, prefix: str, shards: int = 1) -> None:
         self.scheme, self._prefix, self._shards = scheme, prefix, shards
+        self.packed: Packed | None = None
         self.product: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None
 
     def create_weights(
@@ -129,20 +139,55 @@ class QuantizedLinearMethod(LinearMethodBase):
         divided = isinstance(layer, RowParallelLinear) and columns % self._shards == 0
         size = group_size(self.scheme, self._prefix, columns, self._shards if divided else 1)
         groups = columns // size
-        values = torch.empty(rows, columns, dtype=getattr(torch, self.scheme.dtype))
-        scales = torch.empty(rows, groups, dtype=torch.float32)
-        load_values = self._round_then(load, layer, size) if self.scheme.at_load else load
-        layer.register_parameter(
-            VALUES, ModelWeightParameter(data=values, input_dim=1, output_dim=0, weight_loader=load_values)
-        )
+        self.packed = self.scheme.code_on(columns, self._shards if divided else 1)
+        self._register_values(layer, rows, columns, self._loader_of_values(load, layer, size))
+        if self.packed and self.scheme.zeros_name:
+            self._register_by_group(layer, ZERO_POINTS, rows, groups, load)
+        cut = groups > 1 and not self.scheme.at_load
+        parts = (self.scheme.block[1] or size) // size if cut else 1
+        scales = self._register_by_group(layer, SCALES, rows, groups, repeat_then(load, parts, groups))
+        if groups > 1:
+            setattr(scales, CHECKPOINT_NUMEL, rows * -(-columns // (size * parts)))
+
+    def _register_values(self, layer: torch.nn.Module, rows: int, columns: int, load: Callable[..., Any]) -> None:
+        dtype, width = (torch.uint8, columns // 2) if self.packed else (getattr(torch, self.scheme.dtype), columns)
+        values = torch.empty(rows, width, dtype=dtype)
+        parameter = ModelWeightParameter(data=values, input_dim=1, output_dim=0, weight_loader=load)
+        setattr(parameter, CHECKPOINT_NUMEL, rows * columns)
+        layer.register_parameter(VALUES, parameter)
+
+    @staticmethod
+    def _register_by_group(
+        layer: torch.nn.Module, name: str, rows: int, groups: int, load: Callable[..., Any]
+    ) -> torch.nn.Parameter:
+        data = torch.empty(rows, groups, dtype=torch.float32)
         if groups == 1:
-            parameter = ChannelQuantScaleParameter(data=scales, output_dim=0, weight_loader=load)
+            parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=load)
         else:
-            parts = 1 if self.scheme.at_load else (self.scheme.block[1] or size) // size
-            load = repeat_then(load, parts, groups)
-            parameter = GroupQuantScaleParameter(data=scales, input_dim=1, output_dim=0, weight_loader=load)
-            setattr(parameter, CHECKPOINT_NUMEL, rows * -(-columns // (size * parts)))
-        layer.register_parameter(SCALES, parameter)
+            parameter = GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=load)
+        layer.register_parameter(name, parameter)
+        return parameter
+
+    def _loader_of_values(self, load: Callable[..., Any], layer: torch.nn.Module, group: int) -> Callable[..., Any]:
+        """Of values of a byte each, as `HeldForm` has them, or of a weight in full."""
+        if self.scheme.at_load:
+            return self._round_then(load, layer, group)
+        return self._pack_then(load, layer, group, self.packed) if self.packed else load
+
+    def _pack_then(
+        self, load: Callable[..., Any], layer: torch.nn.Module, group: int, packed: Packed
+    ) -> Callable[..., None]:
+        def packing(parameter: torch.nn.Parameter, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            values = to_numpy(loaded)
+            if self.scheme.zeros_name:
+                two, points = packed_with_zero_points(values, values.shape[1] // group)
+                held = getattr(layer, ZERO_POINTS)
+                held.weight_loader(held, to_torch(points), *args, **kwargs)
+            else:
+                two = packed_values(values, packed)
+            load(parameter, to_torch(two), *args, **kwargs)
+
+        return packing
 
     def _round_then(self, load: Callable[..., Any], layer: torch.nn.Module, group: int) -> Callable[..., None]:
         """A loader of a weight in full."""

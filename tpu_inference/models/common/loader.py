@@ -11,8 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from tpu_inference.kernels.quantized_matmul import Packed
 from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.cache_scales import CacheScaleSource
+from tpu_inference.layers.common.four_bits import ZERO_POINT
 from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.mxfp4 import Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, ScalarSource
@@ -24,7 +26,7 @@ from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 
 _STEPS = 2.0
 """Standard deviation of dummy weights of one byte or less, which scales make 0.02 of."""
-_CONSTANTS = {"zeros": 0.0, "ones": 1.0, "scales": 0.02 / _STEPS}
+_CONSTANTS = {"zeros": 0.0, "ones": 1.0, "scales": 0.02 / _STEPS, "zero_points": float(ZERO_POINT)}
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Buffers that old checkpoints carry and nothing reads."""
 
@@ -149,12 +151,22 @@ def dummy_weight(spec: WeightSpec, mesh: Mesh, seed: int) -> jax.Array:
     abstract = spec.abstract(mesh)
 
     def make() -> jax.Array:
+        if spec.init in ("int4", "e2m1"):
+            return dummy_codes(jax.random.key(seed), abstract.shape, spec.init)
         if spec.init != "normal":
             return jnp.full(abstract.shape, _CONSTANTS[spec.init], abstract.dtype)
         size = 0.02 if jnp.dtype(abstract.dtype).itemsize > 1 else _STEPS
         return (size * jax.random.normal(jax.random.key(seed), abstract.shape, jnp.float32)).astype(abstract.dtype)
 
     return jax.jit(make, out_shardings=abstract.sharding)()
+
+
+def dummy_codes(key: jax.Array, shape: tuple[int, ...], packed: Packed) -> jax.Array:
+    """uint8 of two codes each, whose values are as often negative as positive and have a standard deviation of about `_STEPS`."""
+    codes = jax.random.randint(key, (2, *shape), 5, 12)  # of int4, -3 to 3
+    if packed == "e2m1":  # 0, and 1, 1.5 and 3 of either sign
+        codes = jnp.asarray([0, 2, 3, 5, 10, 11, 13])[codes - 5]
+    return (codes[0] | codes[1] << 4).astype(jnp.uint8)
 
 
 def load_params(specs: Any, checkpoint: Checkpoint | None, mesh: Mesh, *, progress: bool = True) -> Any:

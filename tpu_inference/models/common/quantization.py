@@ -136,11 +136,11 @@ def _compressed_scheme(weights: Any, activations: Any, layout: str) -> Scheme:
     kind, strategy = f"{weights.type}{weights.num_bits}", str(weights.strategy)
     if layout == "nvfp4-pack-quantized" and (kind, strategy, weights.group_size) == ("float4", "tensor_group", GROUP):
         return Scheme(
-            "int8", (1, GROUP), packed=4, layout="nvfp4", values_name="weight_packed",
+            _FP8, (1, GROUP), packed=4, layout="nvfp4", values_name="weight_packed",
             tensor_scale_name="weight_global_scale", divides=True,
         )  # fmt: skip
     if layout == "mxfp4-pack-quantized" and (kind, strategy, weights.group_size) == ("float4", "group", mxfp4.GROUP):
-        return Scheme("int8", (1, mxfp4.GROUP), packed=4, layout="mxfp4", values_name="weight_packed")
+        return Scheme(_FP8, (1, mxfp4.GROUP), packed=4, layout="mxfp4", values_name="weight_packed")
     what = f"compressed-tensors {layout} of {kind} by {strategy}"
     dtype = {"int8": "int8", "int4": "int8", "float8": _FP8}.get(kind)
     packed = layout == "pack-quantized"
@@ -192,7 +192,7 @@ def _gptq(config: Any) -> Callable[[str], Scheme | None]:
 def _nvfp4(config: Any) -> Callable[[str], Scheme | None]:
     if not config.is_checkpoint_nvfp4_serialized or config.group_size != GROUP:
         raise QuantizationError(f"ModelOpt {config.quant_method} in groups of {getattr(config, 'group_size', None)}")
-    scheme = Scheme("int8", (1, GROUP), packed=4, layout="nvfp4", tensor_scale_name="weight_scale_2")
+    scheme = Scheme(_FP8, (1, GROUP), packed=4, layout="nvfp4", tensor_scale_name="weight_scale_2")
     return lambda layer: None if compat.modelopt_skips(config, layer) else scheme
 
 

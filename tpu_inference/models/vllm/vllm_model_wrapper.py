@@ -29,6 +29,7 @@ from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.four_bits import ZERO_POINT
 from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
 from tpu_inference.layers.vllm import lowerings
 from tpu_inference.layers.vllm.attention import TpuAttentionImpl
@@ -36,11 +37,12 @@ from tpu_inference.layers.vllm.context import StepContext, step_context
 from tpu_inference.layers.vllm.linear import use_shells
 from tpu_inference.layers.vllm.moe import use_expert_shells
 from tpu_inference.layers.vllm.placement import DIVIDED, WHOLE
-from tpu_inference.layers.vllm.quantization import SCALES, TpuQuantizationConfig
+from tpu_inference.layers.vllm.quantization import SCALES, ZERO_POINTS, TpuQuantizationConfig
 from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype, warn_of_missing_scales
+from tpu_inference.models.common.loader import dummy_codes
 from tpu_inference.models.common.quantization import QuantizationError, quantization_of, refuse_rules_without_effect
 from tpu_inference.models.vllm.exchange import Places
 from tpu_inference.models.vllm.explain import explain
@@ -50,6 +52,7 @@ from tpu_inference.models.vllm.weights import DeviceState, State, register_loose
 
 logger = init_logger(__name__)
 CACHE_SCALES_NAMES = re.compile(r"\.[kv]_scale$")
+ZERO_POINTS_NAMES = re.compile(rf"[._]{ZERO_POINTS}({DIVIDED}|{WHOLE})?$")
 SCALES_NAMES = re.compile(rf"[._]{SCALES}({DIVIDED}|{WHOLE})?$")
 
 
@@ -230,6 +233,10 @@ def random_array(name: str, array: jax.ShapeDtypeStruct) -> jax.Array:
             return jnp.ones(array.shape, array.dtype)
         if SCALES_NAMES.search(name):
             return jnp.full(array.shape, 0.01, array.dtype)
+        if ZERO_POINTS_NAMES.search(name):
+            return jnp.full(array.shape, ZERO_POINT, array.dtype)
+        if array.dtype == jnp.uint8:
+            return dummy_codes(jax.random.key(seed), array.shape, "int4")
         if array.dtype.itemsize == 1 and array.dtype != bool:  # values, which those scales make 0.02 of
             return (2 * jax.random.normal(jax.random.key(seed), array.shape, jnp.float32)).astype(array.dtype)
         if not jnp.issubdtype(array.dtype, jnp.floating):
