@@ -11,11 +11,14 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_int
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Form
-from tpu_inference.kernels.quantized_matmul import quantized_matmul
+from tpu_inference.kernels.quantized_matmul import pack, quantized_matmul, unpack, without_minus_zero
 from tpu_inference.kernels.quantized_matmul.api import KERNEL_CHIPS, form_of, most_rows
 from tpu_inference.kernels.quantized_matmul.config import MOST_VMEM_BYTES, Config, ShapeKey, heuristic
 from tpu_inference.kernels.quantized_matmul.kernel import Blocked, quantized_matmul_pallas
 from tpu_inference.kernels.quantized_matmul.resident import quantized_matmul_resident
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""By code."""
 
 
 def case(rows, out, columns, groups, dtype, x_dtype="bfloat16"):
@@ -223,5 +226,116 @@ def test_where_the_kernel_runs():
 )
 def test_what_does_not_fit(change, said):
     arguments = dict(x=jnp.zeros((2, 8)), values=jnp.zeros((4, 8), jnp.int8), scales=jnp.zeros((4, 1)))
+    with pytest.raises(ValueError, match=said):
+        quantized_matmul(**{**arguments, **change})
+
+
+def packed_case(rows, out, columns, groups, packed, offsets=False, x_dtype="bfloat16"):
+    """Arguments of the op, and the weight that they mean, by NumPy: float32 [out, in]."""
+    source = np.random.default_rng(rows + out + columns + groups)
+    codes = source.integers(0, 16, (out, columns), np.uint8)
+    codes = without_minus_zero(codes) if packed == "e2m1" else codes
+    scales = source.uniform(0.01, 1, (out, groups)).astype(np.float32)
+    zeros = source.integers(0, 16, (out, groups)).astype(np.float32) if offsets else np.float32(8)
+    every = np.repeat(scales, columns // groups, axis=1)
+    less = np.repeat(np.broadcast_to(zeros * scales, scales.shape), columns // groups, axis=1)
+    weight = codes * every - less if packed == "int4" else E2M1[codes] * every
+    x = jnp.asarray(source.standard_normal((rows, columns)), x_dtype)
+    named = dict(packed=packed, offsets=jnp.asarray(zeros * scales) if offsets else None)
+    return (x, jnp.asarray(pack(codes)), jnp.asarray(scales)), named, weight
+
+
+def means(weight, x, found, bound=2**-7):
+    """`found` is the product with `weight`: each column of outputs, by its own greatest value, or what that is like where there are few."""
+    expected = np.asarray(x, np.float32) @ weight.T
+    scale = np.maximum(np.linalg.norm(weight, axis=1), np.abs(expected).max(axis=0))
+    assert found.shape == expected.shape and found.dtype == x.dtype
+    np.testing.assert_allclose(np.asarray(found, np.float32) / scale, expected / scale, atol=bound)
+
+
+@given(blocks=st.integers(1, 4), lead=st.lists(st.integers(1, 3), max_size=2), seed=st.integers(0, 99))
+def test_codes_come_back(blocks, lead, seed):
+    codes = np.random.default_rng(seed).integers(0, 16, (*lead, 256 * blocks), np.uint8)
+    packed = pack(codes)
+    assert packed.shape == (*lead, 128 * blocks)
+    np.testing.assert_array_equal(unpack(jnp.asarray(packed)), codes)
+
+
+def test_where_a_code_lies():
+    codes = np.zeros((1, 512), np.uint8)
+    codes[0, [256 + 5, 256 + 128 + 5]] = 3, 7
+    assert np.flatnonzero(pack(codes)).tolist() == [128 + 5] and pack(codes)[0, 128 + 5] == 3 | 7 << 4
+
+
+def test_minus_zero_is_zero():
+    codes = np.arange(16, dtype=np.uint8)
+    found = without_minus_zero(codes)
+    np.testing.assert_array_equal(E2M1[found], E2M1)
+    assert found.tolist() == [0 if code == 8 else code for code in codes] and found.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "codes", [np.zeros((2, 128), np.uint8), np.zeros((2, 256), np.int8), np.full((2, 256), 16, np.uint8)]
+)
+def test_codes_that_are_none(codes):
+    with pytest.raises(ValueError, match="code"):
+        pack(codes)
+
+
+@pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("packed", "offsets"), [("int4", False), ("int4", True), ("e2m1", False)])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "groups"),
+    [
+        (1, 512, 1), (1, 512, 16), (7, 512, 1), (7, 512, 32), (7, 512, 16), (7, 256, 4), (7, 512, 4), (7, 768, 3), (7, 768, 2), (7, 1024, 2),
+        (300, 256, 2),
+    ],
+)  # fmt: skip
+def test_packed_against_numpy(rows, columns, groups, implementation, packed, offsets, x_dtype):
+    arguments, named, weight = packed_case(rows, 33, columns, groups, packed, offsets, x_dtype)
+    found = quantized_matmul(*arguments, **named, implementation=implementation)
+    means(weight, arguments[0], found, {"bfloat16": 2**-7, "float32": 1e-5}[x_dtype])
+
+
+def of_two_layers(arguments, named):
+    """The same with `layer`: weights of another layer lie before them."""
+    (x, *stacked), offsets = arguments, named["offsets"]
+    both = [jnp.stack([jnp.ones_like(array), array]) for array in (*stacked, *(() if offsets is None else (offsets,)))]
+    return (x, *both[:2]), dict(named, layer=jnp.int32(1), offsets=None if offsets is None else both[2])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(("packed", "offsets"), [("int4", False), ("int4", True), ("e2m1", False)])
+@pytest.mark.parametrize(("rows", "groups"), [(1, 4), (7, 1), (7, 4), (7, 2), (7, 32)])
+def test_packed_in_one_of_several_layers(rows, groups, packed, offsets, implementation):
+    arguments, named, weight = packed_case(rows, 33, 512, groups, packed, offsets)
+    stacked, how = of_two_layers(arguments, named)
+    found = jax.jit(quantized_matmul, static_argnames=("implementation", "packed"))(
+        *stacked, **how, implementation=implementation
+    )
+    means(weight, arguments[0], found)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(packed="int3"), "none of"),
+        (dict(activations="int8"), "not served with packed='int4'"),
+        (dict(values=jnp.zeros((4, 128), jnp.int8)), "uint8, two codes a byte"),
+        (dict(values=jnp.zeros((4, 256), jnp.uint8)), "out, in / 2"),
+        (dict(x=jnp.zeros((2, 384)), values=jnp.zeros((4, 192), jnp.uint8)), "whole blocks of 256"),
+        (dict(scales=jnp.zeros((4, 3))), "groups must divide"),
+        (dict(offsets=jnp.zeros((4, 1))), "shaped as scales"),
+        (dict(offsets=jnp.zeros((4, 2), jnp.bfloat16)), "are not float32"),
+        (dict(packed="e2m1", offsets=jnp.zeros((4, 2))), 'packed="int4" alone'),
+        (dict(packed=None, values=jnp.zeros((4, 256), jnp.int8), offsets=jnp.zeros((4, 2))), 'packed="int4" alone'),
+        (dict(packed=None, values=jnp.zeros((4, 256), jnp.uint8)), "served are int8"),
+    ],
+)  # fmt: skip
+def test_packed_that_does_not_fit(change, said):
+    arguments = dict(
+        x=jnp.zeros((2, 256)), values=jnp.zeros((4, 128), jnp.uint8), scales=jnp.zeros((4, 2)), packed="int4"
+    )
     with pytest.raises(ValueError, match=said):
         quantized_matmul(**{**arguments, **change})

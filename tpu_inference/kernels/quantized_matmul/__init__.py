@@ -2,5 +2,6 @@
 """A matrix product with quantized weights."""
 
 from tpu_inference.kernels.quantized_matmul.api import ACTIVATIONS, quantized_matmul
+from tpu_inference.kernels.quantized_matmul.packing import BLOCK, KINDS, Packed, pack, unpack, without_minus_zero
 
-__all__ = ["ACTIVATIONS", "quantized_matmul"]
+__all__ = ["ACTIVATIONS", "BLOCK", "KINDS", "Packed", "pack", "quantized_matmul", "unpack", "without_minus_zero"]

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from tpu_inference.kernels.forms import Implementation, chip_of
 from tpu_inference.kernels.quantized_matmul.config import LANES, MOST_VMEM_BYTES, Config, ShapeKey, config_for
 from tpu_inference.kernels.quantized_matmul.kernel import quantized_matmul_pallas
+from tpu_inference.kernels.quantized_matmul.packing import BLOCK, KINDS, Packed
 from tpu_inference.kernels.quantized_matmul.reference import quantized_matmul_reference
 from tpu_inference.kernels.quantized_matmul.resident import Resident, quantized_matmul_resident
 from tpu_inference.kernels.quantized_matmul.xla import quantized_matmul_xla
@@ -38,10 +39,12 @@ def quantized_matmul(
     activations: str | None = None,
     accumulate_dtype: Any = jnp.float32,
     layer: jax.Array | None = None,
+    packed: Packed | None = None,
+    offsets: jax.Array | None = None,
     implementation: Implementation = "xla",
     config: Config | None = None,
 ) -> jax.Array:
-    """x w^T, where w[o, i] = values[o, i] * scales[o, i // group].
+    """x w^T, where w[o, i] = values[o, i] * scales[o, i // group] - offsets[o, i // group].
 
     Args:
         x: [T, in], bfloat16 or float32.
@@ -52,6 +55,9 @@ def quantized_matmul(
         accumulate_dtype: of the product before it is scaled, which is what is summed over devices where `in` is divided among them.
         layer: int32 scalar: values [layers, out, in] and scales [layers, out, groups] have several layers', and this one's are meant; they are
             read where they lie, but by the XLA form where groups are of less than `LEAST_GROUP` columns.
+        packed: None, or what values' codes of four bits mean, two a byte as `pack` makes them: values are then uint8 [out, in / 2], in a multiple of
+            `BLOCK`. Of "int4" the code, 0 to 15, is the value; of "e2m1" the code has its bits, and is never that of -0 (`without_minus_zero`).
+        offsets: of packed "int4" alone; float32, shaped as scales. None is 8 * scales there, and 0 elsewhere.
         implementation: "xla", "reference", "pallas" (TPU) or "pallas_interpret" (any device). One kernel is for few rows and one for whole
             thousands; "pallas" takes them where `form_of` says so and is the XLA form elsewhere. `implementation_for` a device also tells the chip.
         config: blocks of the kernel for few rows; None for those tuned for the shape and chip, else the heuristic's.
@@ -63,8 +69,12 @@ def quantized_matmul(
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
     stacked = (values, scales) if layer is not None else (values[None], scales[None])
-    _check(x, *(jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in stacked), activations, implementation)
-    form = form_of(x, values, scales, activations=activations, implementation=implementation)
+    of_one = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in stacked]
+    _check(x, *of_one, activations, implementation, packed)
+    if offsets is not None:
+        _check_offsets(offsets, scales, packed)
+    form = form_of(x, values, scales, activations=activations, implementation=implementation, packed=packed)
+    nibbles: dict[str, Any] = dict(packed=packed, offsets=offsets)
     if form in _INTERPRET:
         chip, groups = chip_of(implementation), scales.shape[-1]
         if _is_resident(x, values, groups, activations, chip):
@@ -77,17 +87,26 @@ def quantized_matmul(
         )  # fmt: skip
     if form == "xla":
         return quantized_matmul_xla(
-            x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype, layer=layer
+            x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype, layer=layer, **nibbles
         )
     if layer is not None:
-        values, scales = (jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in (values, scales))
-    return quantized_matmul_reference(x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype)
+        values, scales, offsets = (
+            array if array is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+            for array in (values, scales, offsets)
+        )
+    return quantized_matmul_reference(
+        x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype, packed=packed, offsets=offsets
+    )
 
 
-def form_of(x: Any, values: Any, scales: Any, *, activations: str | None, implementation: Implementation) -> str:
+def form_of(
+    x: Any, values: Any, scales: Any, *, activations: str | None, implementation: Implementation, packed: str | None = None
+) -> str:  # fmt: skip
     """The form that a call runs: `implementation`, but "xla" where the kernel does not serve it or is no gain on the chip."""
     if implementation not in _INTERPRET:
         return str(implementation)
+    if packed:
+        return "xla"
     chip = chip_of(implementation)
     runs = implementation == "pallas_interpret" or chip in KERNEL_CHIPS
     what = (x, values, scales.shape[-1], activations, chip)
@@ -114,16 +133,42 @@ def _is_resident(x: Any, values: Any, groups: int, activations: str | None, chip
     return x.dtype == jnp.bfloat16 and groups == 1 and chip in RESIDENT_CHIPS and static.serves
 
 
-def _check(x: Any, values: Any, scales: Any, activations: str | None, implementation: str) -> None:
+def _check(x: Any, values: Any, scales: Any, activations: str | None, implementation: str, packed: str | None) -> None:
     if implementation not in _FORMS:
         raise ValueError(f"implementation={implementation!r} is none of {sorted(_FORMS)}")
-    if x.ndim != 2 or values.ndim != 2 or x.shape[1] != values.shape[1]:
+    if packed is not None:
+        _check_packed(x, values, activations, packed)
+    elif x.ndim != 2 or values.ndim != 2 or x.shape[1] != values.shape[1]:
         raise ValueError(f"x {x.shape} and values {values.shape} are not [T, in] and [out, in]")
-    if scales.ndim != 2 or scales.shape[0] != values.shape[0] or values.shape[1] % max(scales.shape[1], 1):
+    if scales.ndim != 2 or scales.shape[0] != values.shape[0] or x.shape[1] % max(scales.shape[1], 1):
         raise ValueError(f"scales {scales.shape} are not [out, groups] of values {values.shape}: groups must divide in")
-    if values.dtype not in VALUES:
+    if not packed and values.dtype not in VALUES:
         raise ValueError(f"values are {values.dtype}; served are {', '.join(map(str, VALUES))}")
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations={activations!r} is none of {ACTIVATIONS}")
     if activations and (values.dtype != jnp.int8 or scales.shape[1] != 1):
         raise ValueError(f"int8 activations need int8 values of one group, not {values.dtype} of {scales.shape[1]}")
+
+
+def _check_packed(x: Any, values: Any, activations: str | None, packed: str) -> None:
+    if packed not in KINDS:
+        raise ValueError(f"packed={packed!r} is none of {KINDS}")
+    if activations:
+        raise ValueError(
+            f"activations={activations!r} are not served with packed={packed!r} values: they need int8 ones"
+        )
+    if values.dtype != jnp.uint8:
+        raise ValueError(f"packed values are uint8, two codes a byte, not {values.dtype}")
+    if x.ndim != 2 or values.ndim != 2 or x.shape[1] != 2 * values.shape[1]:
+        raise ValueError(f"x {x.shape} and packed values {values.shape} are not [T, in] and [out, in / 2]")
+    if x.shape[1] % BLOCK:
+        raise ValueError(f"{x.shape[1]} columns are not whole blocks of {BLOCK}, which packed values come in")
+
+
+def _check_offsets(offsets: Any, scales: Any, packed: str | None) -> None:
+    if packed != "int4":
+        raise ValueError(f'offsets are served with packed="int4" alone, not {packed!r}')
+    if offsets.shape != scales.shape or offsets.dtype != jnp.float32:
+        raise ValueError(
+            f"offsets {offsets.dtype}{list(offsets.shape)} are not float32, shaped as scales {scales.shape}"
+        )

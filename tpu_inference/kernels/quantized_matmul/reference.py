@@ -6,12 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tpu_inference.kernels.quantized_matmul.packing import numbers, unpack
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
     """float32 [out, in]."""
     return values.astype(jnp.float32) * jnp.repeat(scales, values.shape[1] // scales.shape[1], axis=1)
+
+
+def dequantize_packed(values: jax.Array, scales: jax.Array, packed: str, offsets: jax.Array | None) -> jax.Array:
+    """float32 [out, in] of uint8 [out, in / 2]."""
+    codes = unpack(values)
+    if offsets is None:
+        return dequantize(numbers(codes, packed), scales)
+    return dequantize(codes, scales) - jnp.repeat(offsets, codes.shape[1] // offsets.shape[1], axis=1)
 
 
 def round_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -22,7 +32,14 @@ def round_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def quantized_matmul_reference(
-    x: jax.Array, values: jax.Array, scales: jax.Array, *, activations: str | None, accumulate_dtype: Any
+    x: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    *,
+    activations: str | None,
+    accumulate_dtype: Any,
+    packed: str | None = None,
+    offsets: jax.Array | None = None,
 ) -> jax.Array:
     """See `quantized_matmul`; everything in float32."""
     del accumulate_dtype
@@ -30,4 +47,5 @@ def quantized_matmul_reference(
     if activations:
         rounded, row_scales = round_rows(x)
         rows = rounded.astype(jnp.float32) * row_scales
-    return jnp.dot(rows, dequantize(values, scales).T, precision=HIGHEST).astype(x.dtype)
+    weight = dequantize_packed(values, scales, packed, offsets) if packed else dequantize(values, scales)
+    return jnp.dot(rows, weight.T, precision=HIGHEST).astype(x.dtype)

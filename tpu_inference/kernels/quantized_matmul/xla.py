@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """By XLA, which converts weights on their way into the matrix unit: on TPU they are read from HBM as they are stored."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.quantized_matmul.reference import round_rows
+from tpu_inference.kernels.quantized_matmul.packing import HALF, ZERO, halves, nibbles, numbers
+from tpu_inference.kernels.quantized_matmul.reference import HIGHEST, round_rows
 
 MOST_ROWS_BY_GROUP, LEAST_GROUP = 256, 128
 """Up to so many rows, groups of so many columns or more are multiplied one by one: cheaper on TPU than to scale the weights."""
@@ -25,10 +27,16 @@ def quantized_matmul_xla(
     activations: str | None,
     accumulate_dtype: Any,
     layer: jax.Array | None = None,
+    packed: str | None = None,
+    offsets: jax.Array | None = None,
 ) -> jax.Array:
     """See `quantized_matmul`."""
     if layer is None:
         values, scales, layer = values[None], scales[None], jnp.int32(0)
+        offsets = None if offsets is None else offsets[None]
+    if packed:
+        corrections = None if offsets is None else offsets[layer] - ZERO * scales[layer]
+        return _packed(x, values, scales[layer], corrections, layer, packed, accumulate_dtype)
     scales, groups, columns = scales[layer], scales.shape[2], values.shape[2]
     if groups > 1 and x.shape[0] <= MOST_ROWS_BY_GROUP and columns // groups >= LEAST_GROUP:
         return _by_group(x, values, scales, layer).astype(x.dtype)
@@ -56,4 +64,62 @@ def _by_group(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Arr
         start = group * size
         weight = jax.lax.dynamic_slice(values, (layer, 0, start), (1, out, size))[0]
         total += _dot(x[:, start : start + size], weight.astype(x.dtype), jnp.float32) * scales[:, group]
+    return total
+
+
+def _packed(
+    x: jax.Array, values: jax.Array, scales: jax.Array, corrections: jax.Array | None, layer: jax.Array, packed: str, accumulate_dtype: Any,
+) -> jax.Array:  # fmt: skip
+    """Of values of four bits: number * scale - correction.
+
+    The two nibbles of a byte meet their columns of x in products of their own: XLA would write down a weight that is put together of both.
+    """
+    groups, columns = scales.shape[1], x.shape[1]
+    size = columns // groups
+    if x.shape[0] == 1 and x.dtype == jnp.bfloat16 and accumulate_dtype == jnp.float32:
+        # As above: summed as it is read.
+        weights = _scaled(values[layer], scales, corrections, packed)
+        pairs = zip(halves(x.astype(jnp.float32)), weights, strict=True)
+        return sum(half * weight for half, weight in pairs).sum(1)[None].astype(x.dtype)
+    if groups == 1:
+        pairs = zip(halves(x), nibbles(values[layer]), strict=True)
+        product = sum(_dot(half, numbers(codes, packed).astype(x.dtype), accumulate_dtype) for half, codes in pairs)
+        product = product.astype(jnp.float32) * scales[:, 0]
+    elif x.shape[0] <= MOST_ROWS_BY_GROUP and (size == HALF or size % (2 * HALF) == 0):
+        product = _packed_by_group(x, values, scales, layer, packed)
+    else:
+        weights = _scaled(values[layer], scales, corrections, packed)
+        products = (
+            _dot(half, weight.astype(x.dtype), accumulate_dtype)
+            for half, weight in zip(halves(x), weights, strict=True)
+        )
+        return sum(products).astype(x.dtype)
+    if corrections is not None:
+        sums = x.astype(jnp.float32).reshape(-1, groups, size).sum(2)
+        product -= jnp.dot(sums, corrections.T, precision=HIGHEST)
+    return product.astype(x.dtype)
+
+
+def _scaled(values: jax.Array, scales: jax.Array, corrections: jax.Array | None, packed: str) -> Iterator[jax.Array]:
+    """float32 [out, in / 2], the weights of each nibble."""
+    size = 2 * values.shape[1] // scales.shape[1]
+    every = halves(jnp.repeat(scales, size, axis=1))
+    less = (0, 0) if corrections is None else halves(jnp.repeat(corrections, size, axis=1))
+    for codes, scale, correction in zip(nibbles(values), every, less, strict=True):
+        yield numbers(codes, packed) * scale - correction
+
+
+def _packed_by_group(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array, packed: str) -> jax.Array:
+    """float32 [T, out]. As `_by_group`; a group is one nibble of some bytes, or both."""
+    (_, out, _), groups = values.shape, scales.shape[1]
+    size = x.shape[1] // groups
+    width, total = max(size // 2, HALF), jnp.zeros((x.shape[0], out), jnp.float32)
+    for group in range(groups):
+        codes = nibbles(
+            jax.lax.dynamic_slice(values, (layer, 0, group * size // (2 * width) * width), (1, out, width))[0]
+        )
+        columns = x[:, group * size : (group + 1) * size]
+        pairs = [(columns, codes[group % 2])] if size == HALF else zip(halves(columns), codes, strict=True)
+        for half, nibble in pairs:
+            total += _dot(half, numbers(nibble, packed).astype(x.dtype), jnp.float32) * scales[:, group]
     return total
