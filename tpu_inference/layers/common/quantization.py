@@ -234,7 +234,7 @@ class Quantization:
     unread: tuple[str, ...] = ()
     """Ends of names of tensors that such checkpoints have and nothing here reads."""
     experts: Literal["mxfp4"] | None = None
-    """How those of gpt-oss are stored: they are dequantized as they are read."""
+    """How those of gpt-oss are stored."""
     scheme_of_experts: Callable[[str], Scheme | None] | None = None
     """Of a matrix of an expert; None: as `scheme_of` says."""
     experts_alone: bool = False
@@ -314,6 +314,11 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> QuantizedSpecs:
 
     zero_points = of_groups(scheme.zero_points, "zero_points") if packed and scheme.zeros_name else None
     return QuantizedSpecs(values, of_groups(scheme.scales, "scales"), zero_points, packed)
+
+
+def quantized_by_rows(spec: WeightSpec) -> QuantizedSpecs:
+    """In place of a weight assembled from `Mxfp4RowsSource`s."""
+    return QuantizedSpecs(replace(spec, dtype=_E4M3), _of_groups(spec, 1, lambda source: source.row_scales, "scales"))
 
 
 def _pieces(spec: WeightSpec, per_entry: int, read_from: Callable[[Source], Source]) -> tuple[Piece, ...]:

@@ -21,8 +21,8 @@ from tpu_inference.layers.common.moe import (
     refuse_uneven_experts,
     route,
 )
-from tpu_inference.layers.common.mxfp4 import Mxfp4Source
-from tpu_inference.layers.common.quantization import Quantization, quantized
+from tpu_inference.layers.common.mxfp4 import Mxfp4RowsSource
+from tpu_inference.layers.common.quantization import Quantization, QuantizedSpecs, quantized, quantized_by_rows
 from tpu_inference.layers.common.weights import Piece, Source, TransposedSource, WeightSpec, padded
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import StackParam
@@ -48,7 +48,7 @@ class MoE(nnx.Module):
         self.shards = ctx.shards if self.sharding == "width" else 1
         self.width = -(-moe.width // self.shards) * self.shards
         self._declare_router()
-        self._declare_experts(None if self.mxfp4 else ctx.quantization)
+        self._declare_experts(ctx.quantization)
         self.shared = self._shared(cfg, ctx) if moe.shared_width else None
         gate = moe.names.shared_gate if moe.shared_width else None
         self.shared_gate = self._whole(f"{gate}.weight", (1, cfg.hidden_size)) if gate else None
@@ -76,7 +76,7 @@ class MoE(nnx.Module):
     def _source(self, name: str, *shape: int) -> Source:
         """An expert's tensor, or that of all; `shape` is one expert's, [out, in]."""
         if self.mxfp4 and len(shape) == 2:
-            return Mxfp4Source.of_experts(self.prefix + name, self.moe.num_experts, *shape)
+            return Mxfp4RowsSource.of_experts(self.prefix + name, self.moe.num_experts, *shape)
         kind, stored = Source, shape
         if self.moe.transposed and len(shape) == 2:
             kind, stored = TransposedSource, shape[::-1]
@@ -119,9 +119,13 @@ class MoE(nnx.Module):
 
     def _quantized(self, spec: WeightSpec, quantization: Quantization | None) -> tuple[nnx.Param, nnx.Param | None]:
         """Values and scales, or a weight as it is and None."""
+        held = quantized_by_rows(spec) if self.mxfp4 else self._by_scheme(spec, quantization)
+        return (StackParam(held.values), StackParam(held.scales)) if held else (StackParam(spec), None)
+
+    def _by_scheme(self, spec: WeightSpec, quantization: Quantization | None) -> QuantizedSpecs | None:
         scheme = quantization and quantization.of_weight(spec.pieces)
         if not scheme:
-            return StackParam(spec), None
+            return None
         if not all("{expert}" in name for name in spec.sources()):
             raise TpuInferenceError(
                 f"{next(iter(spec.sources()))} holds the quantized weights of all experts together: served are tensors of one expert each."
@@ -129,7 +133,7 @@ class MoE(nnx.Module):
         held = quantized(spec, scheme, self.shards)
         if held.scales.shape[1] > 1:
             refuse_small_groups(next(iter(spec.sources())), held.group, self.mesh.devices.flat[0].platform)
-        return StackParam(held.values), StackParam(held.scales)
+        return held
 
     def _bias_specs(self, width: str | None, stack: dict[str, Any]) -> tuple[WeightSpec, WeightSpec] | None:
         names = self.moe.names

@@ -16,7 +16,7 @@ from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.cache_scales import CacheScaleSource
 from tpu_inference.layers.common.four_bits import ZERO_POINT
 from tpu_inference.layers.common.heads import plan_heads
-from tpu_inference.layers.common.mxfp4 import Mxfp4ScaleSource
+from tpu_inference.layers.common.mxfp4 import Mxfp4RowScaleSource, Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, ScalarSource
 from tpu_inference.layers.common.quantization import ScaleSource, has_nan_bytes, without_minus_zero
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, leaves, map_specs
@@ -53,7 +53,7 @@ def _expected_of(checkpoint: Checkpoint, specs: Any) -> dict[str, Source]:
     return expected
 
 
-_SCALES = (ScaleSource, Nvfp4ScaleSource, Mxfp4ScaleSource, ScalarSource, CacheScaleSource)
+_SCALES = (ScaleSource, Nvfp4ScaleSource, Mxfp4ScaleSource, Mxfp4RowScaleSource, ScalarSource, CacheScaleSource)
 
 
 def wrong_scales(name: str, scales: np.ndarray, *, of_cache: bool = False) -> str | None:
