@@ -3,6 +3,7 @@
 
 import os
 import re
+from typing import Literal
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -38,8 +39,9 @@ ARCHITECTURES = {
 
 
 def programs(
-    name: str, topology: str, tensor_parallel: int, scheme: Scheme | None = None, **sizes: int
+    name: str, topology: str, tensor_parallel: int, scheme: Scheme | Literal["mxfp4"] | None = None, **sizes: int
 ) -> StepPrograms:
+    """`scheme`: of linear layers and experts, or "mxfp4": of gpt-oss's experts alone."""
     import transformers
 
     kind, extra = FAMILIES[name]
@@ -50,7 +52,8 @@ def programs(
     )  # fmt: skip
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(devices, tensor_parallel)
-    quantization = scheme and Quantization(lambda layer: scheme, hf_config.num_hidden_layers)
+    of_experts, of_layers = ("mxfp4", None) if scheme == "mxfp4" else (None, scheme)
+    quantization = scheme and Quantization(lambda layer: of_layers, hf_config.num_hidden_layers, experts=of_experts)
     ctx = BuildContext(mesh, jnp.bfloat16, 2048, quantization=quantization)
     module = model_class(ARCHITECTURES[name])(hf_config, ctx)
     specs, _, _ = pure_functions(module)
@@ -141,13 +144,14 @@ def test_experts_are_multiplied_where_they_lie(scheme):
     assert memory.temp_size_in_bytes < min(map(shard_bytes, stacks)) / 4, "the experts of one of four layers"
 
 
+@pytest.mark.parametrize("scheme", [None, "mxfp4"])
 @pytest.mark.parametrize(("topology", "experts"), [("v6e:2x4", 16), ("tpu7x:2x2x1", 16), ("tpu7x:2x2x1", 128)])
-def test_experts_of_odd_widths_are_multiplied_where_they_lie(topology, experts):
+def test_experts_of_odd_widths_are_multiplied_where_they_lie(topology, experts, scheme):
     """gpt-oss's: 360 columns of 2,880 outputs lie transposed, neither of which is whole lanes; 128 experts would be."""
     sizes = dict(hidden_size=2880, intermediate_size=2880, num_attention_heads=64, num_key_value_heads=8, head_dim=64)
-    case = programs("gpt-oss", topology, 8, num_local_experts=experts, **sizes).forward_case(Bucket(32, 32))
-    stacks = [w for w in jax.tree.leaves(case.args[0]) if w.ndim == 4]
-    assert len(stacks) == 2, "gate and up, down"
+    case = programs("gpt-oss", topology, 8, scheme, num_local_experts=experts, **sizes).forward_case(Bucket(32, 32))
+    stacks = [w for w in jax.tree.leaves(case.args[0]) if w.ndim == 4 and w.shape[3] > 1]
+    assert len(stacks) == 2 and all(w.dtype.itemsize == (1 if scheme else 2) for w in stacks), "gate and up, down"
     memory = case.fn.lower(*case.args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < min(map(shard_bytes, stacks)) / 4, "the experts of one of four layers"
 

@@ -153,6 +153,12 @@ def test_stacks_lie_with_the_least_padding(out, columns, transposed):
     assert lies_transposed(out, columns) == transposed
 
 
+def test_outputs_along_lanes_are_cut_at_whole_lanes():
+    key = ShapeKey(16, 2880, 360, "bfloat16", "float8_e4m3fn")
+    assert Config(256, 1536).within(key, 32).block_out == 1536
+    assert Config(256, 1536).within(key, 32, transposed=True).block_out == 2880
+
+
 def test_cpu_runs_the_xla_form():
     assert implementation_for(jax.devices("cpu")[0]) == "xla"
 

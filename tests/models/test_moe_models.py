@@ -159,7 +159,7 @@ def mxfp4(tmp_path_factory):
 @pytest.mark.parametrize(("shards", "expert_parallel"), [(8, False), (4, True)])
 def test_mxfp4_is_what_it_means(mxfp4, shards, expert_parallel):
     """Experts as float8 with a scale a row, half of the twin's bytes."""
-    made, twin = (
+    models = [
         load_model(
             vllm_config(
                 path,
@@ -169,12 +169,12 @@ def test_mxfp4_is_what_it_means(mxfp4, shards, expert_parallel):
                 enable_expert_parallel=expert_parallel,
             ),
             mesh(shards),
-        ).params
+        )
         for path in mxfp4
-    )
+    ]
     made, twin = (
-        {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-        for params in (made, twin)
+        {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(m.params)}
+        for m in models
     )
     values = {name for name, leaf in made.items() if leaf.dtype == "float8_e4m3fn"}
     assert len(values) == 2 and len(made) == len(twin) + 2
@@ -183,6 +183,8 @@ def test_mxfp4_is_what_it_means(mxfp4, shards, expert_parallel):
         if name in values:
             found = found * made[name.replace("'w13'", "'s13'").replace("'w2'", "'s2'")]
         np.testing.assert_array_equal(found, leaf.astype(np.float32))
+    found, expected = (jax.nn.log_softmax(Stepper(m, 24)(list(range(3, 27)))) for m in models)
+    np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 def test_mxfp4_by_vllms_class_is_refused(mxfp4):

@@ -33,11 +33,11 @@ class Config:
     slots: int = 3
     """Weights in VMEM: one is multiplied by while the others are in flight."""
 
-    def within(self, key: "ShapeKey", rows: int) -> "Config":
+    def within(self, key: "ShapeKey", rows: int, *, transposed: bool = False) -> "Config":
         """The same for `rows` rows of a layer: blocks of whole tiles, and no more of them than there are."""
         tile = 32 // jnp.dtype(key.dtype).itemsize
-        # What is not whole tiles of any dtype is not cut.
-        block_out = key.out if key.out % 32 else min(self.block_out, key.out)
+        # What is not whole tiles of any dtype, or lanes where outputs lie along them, is not cut.
+        block_out = key.out if key.out % (LANES if transposed else 32) else min(self.block_out, key.out)
         most = self.block_rows
         if key.quantized and rows <= FEW_ROWS * key.num_groups:
             most = min(most, FEW_ROWS)

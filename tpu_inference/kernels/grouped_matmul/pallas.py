@@ -188,7 +188,7 @@ def grouped_matmul_pallas(
     (rows, columns), out, num_groups = x.shape, weights.shape[2 if transposed else 1], len(group_sizes)
     tile = LANES if transposed else 32 // weights.dtype.itemsize
     key = ShapeKey.of(x, weights, num_groups, transposed=transposed)
-    config = config.within(key, rows)
+    config = config.within(key, rows, transposed=transposed)
     blocked = _Blocked(num_groups, out, config.block_rows, config.block_out, config.slots, tile, transposed)
     num_blocks = -(-rows // blocked.rows)
     padded = num_blocks * blocked.rows
