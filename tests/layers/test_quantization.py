@@ -94,7 +94,7 @@ def test_any_part_of_scales_is_repeated_for_rows(box, block):
 
 
 @settings(deadline=None)
-@given(boxes(), st.sampled_from(["int8", "float8_e4m3fn"]))
+@given(boxes(), st.sampled_from(["int8", "int4", "float8_e4m3fn"]))
 def test_a_part_is_rounded_by_the_scale_of_its_whole_row(box, dtype):
     weight = np.random.default_rng(0).normal(size=(ROWS, COLUMNS)).astype(ml_dtypes.bfloat16)
     weight[3] = 0
@@ -104,7 +104,10 @@ def test_a_part_is_rounded_by_the_scale_of_its_whole_row(box, dtype):
     assert (scales == scales_of_rows(weight, dtype)[box[0]]).all()
     assert (values == rounded(weight, scales_of_rows(weight, dtype), dtype)[box]).all()
     error = np.abs(values.astype(np.float32) * scales - weight[box].astype(np.float32))
-    assert (error <= {"int8": 0.51, "float8_e4m3fn": 16.1}[dtype] * scales).all()
+    assert (error <= {"int8": 0.51, "int4": 0.51, "float8_e4m3fn": 16.1}[dtype] * scales).all()
+    if dtype == "int4":
+        codes = scheme.values(source, codes=True).read(reader(weight), "w.weight", box)
+        assert codes.dtype == np.uint8 and (codes.astype(np.int8) - 8 == values).all()
 
 
 @settings(deadline=None)

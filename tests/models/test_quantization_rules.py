@@ -12,17 +12,33 @@ LAYER, EXPERT = "model.layers.3.mlp.down_proj", "model.layers.3.mlp.experts.12.d
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "activations"),
-    [("int8_weights", "int8", None), ("int8_weights_activations", "int8", "int8"), ("fp8", "float8_e4m3fn", None)],
+    ("name", "dtype", "activations", "of_experts"),
+    [
+        ("int8_weights", "int8", None, "int8"),
+        ("int8_weights_activations", "int8", "int8", "int8"),
+        ("fp8", "float8_e4m3fn", None, "float8_e4m3fn"),
+        ("int4_weights", "int4", None, "int8"),
+    ],
 )
-def test_ready_made(name, dtype, activations):
+def test_ready_made(name, dtype, activations, of_experts):
     rules = read_rules(name)
     assert (rules(LAYER).dtype, rules(LAYER).activations, rules(LAYER).at_load) == (dtype, activations, True)
-    assert (rules(EXPERT).dtype, rules(EXPERT).activations) == (dtype, None)
+    assert (rules(EXPERT).dtype, rules(EXPERT).activations) == (of_experts, None)
+
+
+def test_int4_of_experts_is_refused(tmp_path):
+    rules = read_rules(written(tmp_path, "- {module_path: .*, weight_qtype: int4}\n"))
+    with pytest.raises(ConfigError, match="experts are not served with"):
+        rules(EXPERT)
 
 
 def test_all_ready_made_ones_are_read():
-    assert {file.stem for file in READY_MADE.glob("*.yaml")} == {"int8_weights", "int8_weights_activations", "fp8"}
+    assert {file.stem for file in READY_MADE.glob("*.yaml")} == {
+        "int8_weights",
+        "int8_weights_activations",
+        "fp8",
+        "int4_weights",
+    }
 
 
 def written(tmp_path, text):
@@ -50,7 +66,7 @@ def test_the_first_that_fits_the_whole_name_counts(tmp_path):
     [
         ("{module_path: x}", "must be a list"),
         ("- [", "is no YAML"),
-        ("- {module_path: '(', weight_qtype: int4}", "rule 1: module_path='\\(' is no regular.*weight_qtype='int4' is none of int8"),
+        ("- {module_path: '(', weight_qtype: int3}", "rule 1: module_path='\\(' is no regular.*weight_qtype='int3' is none of int8"),
         ("- {module_path: x, weight_qtype: int8, group: 128}", "group is not known"),
         ("- {module_path: x, weight_qtype: int8, tile_size: 48}", "tile_size=48 is no multiple of 32"),
         ("- {module_path: x, weight_qtype: int8, act_qtype: int8, tile_size: 64}", "of weights alone"),
@@ -64,7 +80,7 @@ def test_what_is_not_served(tmp_path, text, said):
 
 
 def test_no_such_file():
-    with pytest.raises(ConfigError, match=re.escape("nor one of fp8, int8_weights, int8_weights_activations")):
+    with pytest.raises(ConfigError, match=re.escape("nor one of fp8, int4_weights, int8_weights, int8_weights_activations")):
         read_rules("int9")
 
 

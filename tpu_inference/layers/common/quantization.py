@@ -16,15 +16,16 @@ import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.quantized_matmul import BLOCK, Packed
-from tpu_inference.layers.common.four_bits import NibbleSource, is_whole
+from tpu_inference.layers.common.four_bits import ZERO_POINT, NibbleSource, is_whole
 from tpu_inference.layers.common.mxfp4 import Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, Nvfp4Source
 from tpu_inference.layers.common.packed import Layout, PackedSource
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 
 Read = Callable[..., np.ndarray]
-GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+GREATEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 """Of values that weights are rounded to at load."""
+_WHOLE = ("int8", "int4")
 LEAST_PART = 32
 """Columns of the smallest groups that larger ones are cut into where devices, or pieces of a weight, would have a part of one."""
 _ROWS_AT_A_TIME = 1024
@@ -74,9 +75,9 @@ def scales_of_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def rounded(weight: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
-    """`weight / scales` in `dtype`; rows of zeros stay so."""
+    """`weight / scales` in `dtype`, int8 for "int4"; rows of zeros stay so."""
     values = weight.astype(np.float32) / np.where(scales == 0, 1, scales)
-    return (np.rint(values) if dtype == "int8" else values).astype(np.dtype(dtype))
+    return np.rint(values).astype(np.int8) if dtype in _WHOLE else values.astype(np.dtype(dtype))
 
 
 def rounded_rows(
@@ -100,13 +101,16 @@ class _RoundedAtLoad(Source):
 
     dtype: str = "int8"
     group: int | None = None
-    wants_scales: bool = False
+    wants: Literal["values", "codes", "scales"] = "values"
 
     def read(self, read: Read, name: str, index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
         whole = slice(0, self.shape[1])
         parts = rounded_rows(lambda part: read(name, (part, whole)), rows, self.dtype, self.group)
-        return np.concatenate([(scales if self.wants_scales else values)[:, columns] for _, scales, values in parts])
+        found = np.concatenate(
+            [(scales if self.wants == "scales" else values)[:, columns] for _, scales, values in parts]
+        )
+        return (found + ZERO_POINT).astype(np.uint8) if self.wants == "codes" else found
 
 
 FP4 = ("nvfp4", "mxfp4")
@@ -118,7 +122,7 @@ class Scheme:
     """One way of storing the weights of linear layers."""
 
     dtype: str
-    """Of the values on the device."""
+    """Of the values on the device, where each has a byte; or "int4", rounded at load, which are int8 there."""
     block: tuple[int | None, int | None] = (1, None)
     """Rows and columns of the weight that share a scale; None for all of them."""
     activations: str | None = None
@@ -143,7 +147,12 @@ class Scheme:
         """How the device has two values in a byte; None where it never does."""
         if self.layout in FP4:
             return "e2m1"
-        return "int4" if self.packed == 4 else None
+        return "int4" if self.packed == 4 or self.dtype == "int4" else None
+
+    @property
+    def held_dtype(self) -> str:
+        """Of the values on the device, where each has a byte."""
+        return "int8" if self.dtype == "int4" else self.dtype
 
     def code_on(self, columns: int, shards: int) -> Packed | None:
         """The same for weights of so many columns on so many devices."""
@@ -177,7 +186,8 @@ class Scheme:
         """What the checkpoint has in place of the weight `source`, or its codes of four bits; `parts` as for `scales`."""
         if self.at_load:
             group = self.block[1] and self.block[1] // parts
-            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group)
+            wants: Literal["values", "codes"] = "codes" if codes else "values"
+            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group, wants)
         name = source.name.removesuffix("weight") + self.values_name
         if self.layout in FP4:
             return Nvfp4Source.of(source, name, codes)
@@ -205,7 +215,7 @@ class Scheme:
         """Its scales, of groups of columns each of which is cut into so many."""
         if self.at_load:
             group = self.block[1] and self.block[1] // parts
-            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group, wants_scales=True)
+            return _RoundedAtLoad(source.name, source.shape, source.offset, self.dtype, group, "scales")
         rows_of_entry = self.block[0] or source.shape[0]
         shape = (-(-source.shape[0] // rows_of_entry), self.groups(source.shape[1]))
         base = source.name.removesuffix("weight")
@@ -304,7 +314,7 @@ def quantized(spec: WeightSpec, scheme: Scheme, shards: int) -> QuantizedSpecs:
     values = replace(
         spec,
         shape=(spec.shape[0], spec.shape[1] // per_byte),
-        dtype=np.dtype(np.uint8 if packed else scheme.dtype),
+        dtype=np.dtype(np.uint8 if packed else scheme.held_dtype),
         pieces=_pieces(spec, per_byte, values_of),
         init=packed or spec.init,
     )

@@ -150,7 +150,7 @@ class QuantizedLinearMethod(LinearMethodBase):
             setattr(scales, CHECKPOINT_NUMEL, rows * -(-columns // (size * parts)))
 
     def _register_values(self, layer: torch.nn.Module, rows: int, columns: int, load: Callable[..., Any]) -> None:
-        dtype, width = (torch.uint8, columns // 2) if self.packed else (getattr(torch, self.scheme.dtype), columns)
+        dtype, width = (torch.uint8, columns // 2) if self.packed else (getattr(torch, self.scheme.held_dtype), columns)
         values = torch.empty(rows, width, dtype=dtype)
         parameter = ModelWeightParameter(data=values, input_dim=1, output_dim=0, weight_loader=load)
         setattr(parameter, CHECKPOINT_NUMEL, rows * columns)
@@ -196,7 +196,12 @@ class QuantizedLinearMethod(LinearMethodBase):
             scales, values = rounded_whole(loaded, self.scheme.dtype, group)
             held = getattr(layer, SCALES)
             held.weight_loader(held, scales, *args, **kwargs)
-            load(parameter, values, *args, **kwargs)
+            load(
+                parameter,
+                to_torch(packed_values(to_numpy(values), self.packed)) if self.packed else values,
+                *args,
+                **kwargs,
+            )
 
         return rounding
 

@@ -34,9 +34,10 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def rounded_whole(weight: torch.Tensor, dtype: str, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales [rows, groups], values [rows, columns] in `dtype`) of a weight in full, whose rows are cut into groups of so many columns."""
+    """(scales [rows, groups], values [rows, columns] in `dtype`, int8 for "int4") of a weight in full, whose rows are cut into groups of so many
+    columns."""
     scales = torch.empty(weight.shape[0], weight.shape[1] // group, dtype=torch.float32)
-    values = torch.empty(weight.shape, dtype=getattr(torch, dtype))
+    values = torch.empty(weight.shape, dtype=torch.int8 if dtype == "int4" else getattr(torch, dtype))
     for part, of_rows, rounded in rounded_rows(
         lambda part: to_numpy(weight[part]), slice(0, len(weight)), dtype, group
     ):

@@ -2,7 +2,7 @@
 """Rules by which the weights of an unquantized checkpoint are rounded as they are loaded: a YAML list, of which the first that fits a layer counts.
 
 Keys are those of qwix's rules, as far as they are served: `module_path`, a regular expression of the layer's whole name in the checkpoint;
-`weight_qtype`, "int8" or "float8_e4m3fn", or null for layers that stay as they are; `act_qtype`, "int8" or null; `tile_size`, columns of a row that
+`weight_qtype`, "int8", "int4" (not of experts) or "float8_e4m3fn", or null for layers that stay as they are; `act_qtype`, "int8" or null; `tile_size`, columns of a row that
 share a scale, or null for all of them.
 """
 
@@ -35,8 +35,13 @@ class Rules:
         self._matched = False
 
     def __call__(self, layer: str) -> Scheme | None:
-        """The scheme of the first rule that fits; None where none does. Raises ConfigError for int8 activations of experts."""
+        """The scheme of the first rule that fits; None where none does. Raises ConfigError for int8 activations of experts, and int4 weights."""
         scheme = next((rule.scheme for rule in self._rules if rule.module_path.fullmatch(layer)), None)
+        if scheme and scheme.dtype == "int4" and _EXPERT.search(layer):
+            raise ConfigError(
+                f"{self._where}: {layer} would have int4 weights, which experts are not served with: "
+                "give experts a rule of their own, before this one, with weight_qtype: int8."
+            )
         if scheme and scheme.activations and _EXPERT.search(layer):
             raise ConfigError(
                 f"{self._where}: {layer} would have {scheme.activations} activations, and those of experts are not rounded: "
