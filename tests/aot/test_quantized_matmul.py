@@ -26,6 +26,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.aot]
         Spec(32, 512, 1024, "float8_e4m3fn", groups=8),
         Spec(32, 512, 1024, "int8", groups=32),
         Spec(32, 512, 4096, "int8", groups=128),
+        Spec(64, 640, 4096, "int4", groups=32),
+        Spec(16, 512, 1024, "int4", groups=8, offsets=True),
+        Spec(64, 768, 4096, "int4", offsets=True),
+        Spec(32, 512, 1024, "e2m1", groups=32),
+        Spec(8, 384, 1792, "e2m1"),
     ],
     ids=lambda spec: spec.about,
 )

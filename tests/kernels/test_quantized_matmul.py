@@ -339,3 +339,69 @@ def test_packed_that_does_not_fit(change, said):
     )
     with pytest.raises(ValueError, match=said):
         quantized_matmul(**{**arguments, **change})
+
+
+PACKED = [("int4", False), ("int4", True), ("e2m1", False)]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("packed", "offsets"), PACKED)
+@pytest.mark.parametrize(
+    ("rows", "out", "columns", "groups", "config"),
+    [
+        (5, 384, 512, 1, Config(256, 2)),  # a last block that is shorter
+        (8, 768, 256, 1, Config(128, 3)),  # more blocks than slots
+        (8, 256, 256, 2, Config(256, 4)),  # one block, of one block of columns
+        (16, 256, 1280, 10, Config(128, 2)),  # parts of the last block that differ
+        (8, 256, 1024, 2, Config(128, 2)),
+        (8, 256, 768, 2, Config(128, 2)),  # groups of a block of columns and a half
+        (8, 256, 512, 8, Config(128, 2)),  # two groups within the lanes
+        (8, 128, 512, 32, Config(128, 2)),
+        (8, 128, 256, 8, Config(128, 2)),
+    ],
+)
+def test_packed_kernel_against_numpy(rows, out, columns, groups, config, packed, offsets):
+    arguments, named, weight = packed_case(rows, out, columns, groups, packed, offsets)
+    found = quantized_matmul(*arguments, **named, implementation="pallas_interpret", config=config)
+    means(weight, arguments[0], found)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("packed", "offsets"), PACKED)
+@pytest.mark.parametrize(("columns", "groups"), [(512, 1), (512, 4), (2048, 128)])
+def test_packed_kernel_reads_one_of_several_layers(columns, groups, packed, offsets):
+    arguments, named, weight = packed_case(8, 128, columns, groups, packed, offsets)
+    stacked, how = of_two_layers(arguments, named)
+    found = quantized_matmul(*stacked, **how, implementation="pallas_interpret")
+    means(weight, arguments[0], found)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("packed", ["int4", "e2m1"])
+@pytest.mark.parametrize("column", [3, 128 + 3])
+def test_every_code_is_multiplied_as_it_is(packed, column):
+    """From either nibble."""
+    codes = np.full((128, 256), {"int4": 8, "e2m1": 0}[packed], np.uint8)
+    codes[:16, column] = np.arange(16)
+    codes = without_minus_zero(codes) if packed == "e2m1" else codes
+    x = jnp.zeros((8, 256), jnp.bfloat16).at[0, column].set(1)
+    found = quantized_matmul(
+        x, jnp.asarray(pack(codes)), jnp.ones((128, 1)), packed=packed, implementation="pallas_interpret"
+    )
+    expected = {"int4": np.arange(16) - 8, "e2m1": E2M1}[packed]
+    np.testing.assert_array_equal(found[0, :16].astype(jnp.float32), expected)
+    assert not found[1:].any() and not found[0, 16:].any()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("packed", "offsets"), PACKED)
+def test_packed_kernel_has_no_races(packed, offsets):
+    arguments, named, weight = packed_case(8, 640, 512, 4, packed, offsets)
+    if offsets:
+        named = dict(named, offsets=named["offsets"][None])
+    found = quantized_matmul_pallas(
+        arguments[0], arguments[1][None], arguments[2][None], jnp.int32(0), **named, activations=None, direct=True, exact=True,
+        config=Config(128, 3), interpret=pltpu.InterpretParams(detect_races=True),
+    )  # fmt: skip
+    means(weight, arguments[0], found)
+    assert not mosaic_interpret.races.races_found

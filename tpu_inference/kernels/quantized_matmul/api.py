@@ -68,35 +68,31 @@ def quantized_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
-    stacked = (values, scales) if layer is not None else (values[None], scales[None])
-    of_one = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in stacked]
+    arrays, several, index = (values, scales, offsets), layer is not None, jnp.int32(0) if layer is None else layer
+    stacked = arrays if several else tuple(array if array is None else array[None] for array in arrays)
+    of_one = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in stacked[:2]]
     _check(x, *of_one, activations, implementation, packed)
     if offsets is not None:
         _check_offsets(offsets, scales, packed)
     form = form_of(x, values, scales, activations=activations, implementation=implementation, packed=packed)
-    nibbles: dict[str, Any] = dict(packed=packed, offsets=offsets)
     if form in _INTERPRET:
         chip, groups = chip_of(implementation), scales.shape[-1]
-        if _is_resident(x, values, groups, activations, chip):
-            index = jnp.int32(0) if layer is None else layer
-            return quantized_matmul_resident(x, *stacked, index, activations=activations, interpret=_INTERPRET[form])
+        if _is_resident(x, values, groups, activations, chip, packed):
+            return quantized_matmul_resident(
+                x, *stacked[:2], index, activations=activations, interpret=_INTERPRET[form]
+            )
         return quantized_matmul_pallas(
-            x, *stacked, jnp.int32(0) if layer is None else layer,
+            x, *stacked[:2], index, packed=packed, offsets=stacked[2],
             activations=activations, direct=values.dtype != jnp.int8, exact=chip is None or chip in INT8_CHIPS,
-            config=config or config_for(ShapeKey.of(x, values, groups, activations), chip), interpret=_INTERPRET[form],
+            config=config or config_for(ShapeKey.of(x, values, groups, activations, packed), chip), interpret=_INTERPRET[form],
         )  # fmt: skip
+    how: dict[str, Any] = dict(activations=activations, accumulate_dtype=accumulate_dtype, packed=packed)
     if form == "xla":
-        return quantized_matmul_xla(
-            x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype, layer=layer, **nibbles
-        )
-    if layer is not None:
-        values, scales, offsets = (
-            array if array is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-            for array in (values, scales, offsets)
-        )
-    return quantized_matmul_reference(
-        x, values, scales, activations=activations, accumulate_dtype=accumulate_dtype, packed=packed, offsets=offsets
+        return quantized_matmul_xla(x, values, scales, offsets=offsets, layer=layer, **how)
+    values, scales, offsets = (
+        array if array is None else jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in stacked
     )
+    return quantized_matmul_reference(x, values, scales, offsets=offsets, **how)
 
 
 def form_of(
@@ -105,11 +101,9 @@ def form_of(
     """The form that a call runs: `implementation`, but "xla" where the kernel does not serve it or is no gain on the chip."""
     if implementation not in _INTERPRET:
         return str(implementation)
-    if packed:
-        return "xla"
     chip = chip_of(implementation)
     runs = implementation == "pallas_interpret" or chip in KERNEL_CHIPS
-    what = (x, values, scales.shape[-1], activations, chip)
+    what = (x, values, scales.shape[-1], activations, chip, packed)
     return str(implementation) if runs and (_serves(*what) or _is_resident(*what)) else "xla"
 
 
@@ -118,19 +112,21 @@ def most_rows(dtype: Any, groups: int) -> int:
     return MOST_CONVERTED_ROWS if groups > 1 or dtype != jnp.int8 else MOST_ROWS
 
 
-def _serves(x: Any, values: Any, groups: int, activations: str | None, chip: str | None) -> bool:
+def _serves(x: Any, values: Any, groups: int, activations: str | None, chip: str | None, packed: str | None) -> bool:
     """Whether the kernel for few rows takes arrays of these shapes and dtypes; the XLA form takes all."""
     (rows, columns), out = x.shape, values.shape[-2]
-    group, key = columns // groups, ShapeKey.of(x, values, groups, activations)
+    group, key = columns // groups, ShapeKey.of(x, values, groups, activations, packed)
     whole = columns % LANES == 0 and out % LANES == 0 and (groups == 1 or group % LANES == 0 or LANES % group == 0)
     fits = key.vmem_bytes(config_for(key, chip).within(out)) <= MOST_VMEM_BYTES
     return x.dtype == jnp.bfloat16 and rows <= most_rows(values.dtype, groups) and whole and fits
 
 
-def _is_resident(x: Any, values: Any, groups: int, activations: str | None, chip: str | None) -> bool:
+def _is_resident(
+    x: Any, values: Any, groups: int, activations: str | None, chip: str | None, packed: str | None
+) -> bool:
     """Whether the kernel for many rows takes them."""
     static = Resident(x.shape[0], *values.shape[-2:], activations is not None, values.dtype != jnp.int8)
-    return x.dtype == jnp.bfloat16 and groups == 1 and chip in RESIDENT_CHIPS and static.serves
+    return not packed and x.dtype == jnp.bfloat16 and groups == 1 and chip in RESIDENT_CHIPS and static.serves
 
 
 def _check(x: Any, values: Any, scales: Any, activations: str | None, implementation: str, packed: str | None) -> None:

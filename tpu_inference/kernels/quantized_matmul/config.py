@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tpu_inference.kernels.quantized_matmul.packing import KINDS
 from tpu_inference.kernels.tuned import lookup
 
 OP, PART = "quantized_matmul", "blocks"
@@ -47,16 +48,21 @@ class ShapeKey:
     out: int
     columns: int
     dtype: str
-    """Of values."""
+    """Of values, or what packed ones are."""
     groups: int = 1
     activations: str | None = None
 
     @classmethod
-    def of(cls, x: Any, values: Any, groups: int, activations: str | None) -> "ShapeKey":
+    def of(cls, x: Any, values: Any, groups: int, activations: str | None, packed: str | None = None) -> "ShapeKey":
         """From the arrays of a call, or their shapes and dtypes. The rows count in powers of two."""
-        out, columns = values.shape[-2:]
         rows = 1 << max(x.shape[0] - 1, 7).bit_length()
-        return cls(rows, out, columns, jnp.dtype(values.dtype).name, groups, activations)
+        dtype = packed or jnp.dtype(values.dtype).name
+        return cls(rows, values.shape[-2], x.shape[1], dtype, groups, activations)
+
+    @property
+    def byte_columns(self) -> int:
+        """Of a row of the weight."""
+        return self.columns // 2 if self.dtype in KINDS else self.columns
 
     def __str__(self) -> str:
         """As in tuned tables."""
@@ -64,21 +70,24 @@ class ShapeKey:
         return "_".join(filter(None, parts))
 
     def vmem_bytes(self, config: Config) -> int:
-        """Of the weights' slots, x and what is made of it, scales, and the output; all of them whole tiles."""
+        """Of the weights' slots, x and what is made of it, scales and offsets, and the output; all of them whole tiles."""
         rows, groups = -(-self.rows // 16) * 16, -(-self.groups // 8) * 8
         copies = LANES * self.groups // self.columns  # of x, for groups within a tile
         x = 2 * rows * self.columns * (1 + (copies if copies > 1 else self.activations is not None))
-        blocks = config.slots * config.block_out * self.columns
+        if self.dtype == "int4":
+            x += 4 * rows * -(-self.groups // LANES) * LANES
+            groups *= 2  # offsets
+        blocks = config.slots * config.block_out * self.byte_columns
         return blocks + x + (4 * groups + 2 * rows) * (self.out + config.block_out) + 4 * rows * config.block_out
 
 
 def heuristic(key: ShapeKey, chip: str | None) -> Config:
     """Blocks of `BLOCK_BYTES`, of whole `WIDTHS`; fewer in flight, and narrower ones, where VMEM does not hold so much."""
-    width, total = WIDTHS.get(chip, WIDTH), key.out * key.columns
+    width, total = WIDTHS.get(chip, WIDTH), key.out * key.byte_columns
     least = LEAST_BLOCKS_OF.get(chip, LEAST_BLOCKS)
     size = min(BLOCK_BYTES.get(chip, MIB), max(total // least, LEAST_BLOCK_BYTES))
-    widest = width if total >= least * width * key.columns else LANES
-    block = max(width * round(size / (width * key.columns)), widest)
+    widest = width if total >= least * width * key.byte_columns else LANES
+    block = max(width * round(size / (width * key.byte_columns)), widest)
     several = [Config(rows, slots) for rows in (block, LANES) for slots in (SLOTS, 4, 3, 2)]
     fitting = (config for config in several if key.vmem_bytes(config.within(key.out)) <= MOST_VMEM_BYTES)
     return next(fitting, several[-1]).within(key.out)

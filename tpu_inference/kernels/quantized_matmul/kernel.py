@@ -5,9 +5,12 @@ Nothing is left to Pallas's own pipeline, which would wait for small operands be
 two parts of its columns, so that little is left to be done once the last bytes have come.
 
 The matrix units of v5e, v6e and tpu7x take float8 weights beside bfloat16 rows as they are (the compiler has e4m3fn go in as e4m3b11fnuz, sixteen
-times smaller, which loses nothing but NaN); int8 is converted before.
+times smaller, which loses nothing but NaN); int8 is converted before. Codes of four bits become bytes of e4m3 by bits alone, and numbers `UNIT` times
+smaller than meant, which scales make up for: a code of int4 as it is, since the first sixteen of e4m3 are as far apart as its subnormal ones, and the
+bits of e2m1 one by one.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +18,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.quantized_matmul.config import LANES, MIB, Config, ShapeKey
-from tpu_inference.kernels.quantized_matmul.reference import round_rows
+from tpu_inference.kernels.quantized_matmul.packing import BLOCK, ZERO
+from tpu_inference.kernels.quantized_matmul.reference import HIGHEST, round_rows
 
 NAME = "quantized_matmul"
 SPARE_VMEM_BYTES = 4 * MIB
 """For what the compiler keeps beside the buffers."""
 LAST_PARTS = 2
+UNIT = {"int4": 2.0**-9, "e2m1": 2.0**-6, None: 1.0}
+"""What 1 of packed values is as e4m3."""
+SUMMED_COLUMNS = 1024
+"""Of x, whose sums over groups are made at a time."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,13 @@ class Blocked:
     """dtype of the rounded rows; None where rows stay as they are."""
     direct: bool
     """Whether values go into the matrix units as they are."""
+    packed: str | None = None
+    offsets: bool = False
+    """Whether they are given."""
+
+    @property
+    def byte_columns(self) -> int:
+        return self.columns // 2 if self.packed else self.columns
 
     @property
     def num_blocks(self) -> int:
@@ -68,26 +84,33 @@ class Blocked:
     def parts(self) -> list[slice]:
         """Columns of the parts of the last block; whole groups."""
         unit = max(self.per_group, LANES) if self.groups > 1 else LANES
+        unit = math.lcm(unit, BLOCK) if self.packed else unit
         middle = self.columns // unit // LAST_PARTS * unit
         return [slice(0, middle), slice(middle, self.columns)] if middle else [slice(0, self.columns)]
+
+    def in_bytes(self, columns: slice) -> slice:
+        """Where the codes of whole blocks of columns are."""
+        return slice(columns.start // 2, columns.stop // 2) if self.packed else columns
 
 
 class _Refs:
     """The kernel's references by name, and the DMAs between them."""
 
-    def __init__(self, blocked: Blocked, layer: Any, x: Any, values: Any, scales: Any, out: Any, *scratch: Any) -> None:
-        self.blocked, self.layer, self.hbm = blocked, layer[0], (x, values, scales, out)
-        self.x, self.ring, self.scales, self.out, self.arrived, self.last_arrived, self.small, self.written = scratch[
-            :8
-        ]
-        self.prepared = scratch[8:]
+    def __init__(self, blocked: Blocked, layer: Any, x: Any, values: Any, *others: Any) -> None:
+        self.blocked, self.layer = blocked, layer[0]
+        of_groups, (out, *scratch) = others[: 1 + blocked.offsets], others[1 + blocked.offsets :]
+        self.hbm = (x, values, of_groups, out)
+        self.x, self.ring, self.out, self.arrived, self.last_arrived, self.small, self.written = scratch[:7]
+        self.of_groups, self.prepared = scratch[7 : 7 + len(of_groups)], scratch[7 + len(of_groups) :]
+        self.scales = self.of_groups[0]
 
-    def fetch_small(self) -> tuple[Any, Any]:
-        x, _, scales, _ = self.hbm
-        return (
-            pltpu.make_async_copy(x, self.x, self.small.at[0]),
-            pltpu.make_async_copy(scales.at[0 if self.blocked.sliced else self.layer], self.scales, self.small.at[1]),
-        )
+    def fetch_small(self) -> tuple[Any, list[Any]]:
+        """x; scales and offsets."""
+        layer, pairs = 0 if self.blocked.sliced else self.layer, zip(self.hbm[2], self.of_groups, strict=True)
+        return pltpu.make_async_copy(self.hbm[0], self.x, self.small.at[0]), [
+            pltpu.make_async_copy(source.at[layer], target, self.small.at[1 + i])
+            for i, (source, target) in enumerate(pairs)
+        ]
 
     def fetch(self, block: Any) -> Any:
         """A block that is not the last one."""
@@ -102,7 +125,7 @@ class _Refs:
             (blocked.num_blocks - 1) % blocked.slots,
             pl.ds((blocked.num_blocks - 1) * blocked.block, blocked.last),
         )
-        for i, columns in enumerate(blocked.parts()):
+        for i, columns in enumerate(map(blocked.in_bytes, blocked.parts())):
             source = self.hbm[1].at[self.layer, rows, columns]
             target = self.ring.at[slot, pl.ds(0, blocked.last), columns]
             yield pltpu.make_async_copy(source, target, self.last_arrived.at[i])
@@ -118,18 +141,56 @@ class _Refs:
 
 
 def _prepare(refs: _Refs) -> None:
-    """Rounded rows, or a copy of x for each of the groups within a tile."""
+    """Rounded rows, or a copy of x for each of the groups within a tile; of int4, sums of x over each group."""
     blocked = refs.blocked
     if blocked.rounds:
         values, row_scales = refs.prepared
         rounded, row_scales[...] = round_rows(refs.x[...])
         values[...] = rounded.astype(values.dtype)
     elif blocked.copies > 1:
-        (copies,) = refs.prepared
+        copies = refs.prepared[0]
         column = jax.lax.broadcasted_iota(jnp.int32, (1, blocked.columns), 1)
         of_group = jax.lax.rem(jax.lax.div(column, blocked.per_group), blocked.copies)
         for i in range(blocked.copies):
             copies[i] = jnp.where(of_group == i, refs.x[...], 0)
+    if blocked.packed == "int4":
+        refs.prepared[-1][...] = _sums(refs)
+
+
+def _sums(refs: _Refs) -> Any:
+    """float32 [rows, groups] of x, exact but for the order: the matrix unit adds up what ones tell it to."""
+    blocked, total = refs.blocked, None
+    if blocked.groups == 1:
+        return refs.x[...].astype(jnp.float32).sum(axis=1, keepdims=True)
+    for start in range(0, blocked.columns, SUMMED_COLUMNS):
+        size = min(SUMMED_COLUMNS, blocked.columns - start)
+        column = start + jax.lax.broadcasted_iota(jnp.int32, (blocked.groups, size), 1)
+        group = jax.lax.broadcasted_iota(jnp.int32, (blocked.groups, size), 0)
+        ones = jnp.where(jax.lax.div(column, blocked.per_group) == group, 1.0, 0.0).astype(refs.x.dtype)
+        sums = _dot(refs.x[:, start : start + size], ones, True)
+        total = sums if total is None else total + sums
+    return total
+
+
+def _e4m3(weight: Any, columns: range, packed: str) -> Any:
+    """[outputs, columns] of packed weights, `UNIT` times what they mean; columns are whole tiles."""
+    tiles = []
+    for start in columns[::LANES]:
+        first = start // BLOCK * LANES
+        words = pltpu.bitcast(weight[:, first : first + LANES], jnp.uint32)
+        tiles.append(_BYTES[packed][start // LANES % 2](words))
+    return pltpu.bitcast(jnp.concatenate(tiles, axis=1), jnp.float8_e4m3fn)
+
+
+_EACH = np.uint32(0x01010101)
+_BYTES: dict[str, tuple[Callable, Callable]] = {
+    "int4": (lambda words: words & 15 * _EACH, lambda words: words >> 4 & 15 * _EACH),
+    "e2m1": (
+        lambda words: (words & 8 * _EACH) << 4 | (words & 7 * _EACH) << 2,
+        lambda words: words & 128 * _EACH | words >> 2 & 28 * _EACH,
+    ),
+}
+"""Four codes from the low nibbles and from the high ones of a word, as bytes of e4m3: e2m1's sign goes to the top, the rest beside the middle."""
 
 
 def _dot(x: Any, weight: Any, direct: bool) -> Any:
@@ -143,34 +204,50 @@ def _dot(x: Any, weight: Any, direct: bool) -> Any:
 def _product(refs: _Refs, weight: Any, columns: slice, outputs: Any) -> Any:
     """[rows, outputs] of some columns of x and of the weights [outputs, columns], scaled where there are groups."""
     blocked = refs.blocked
+
+    def of(start: int, stop: int) -> Any:
+        if blocked.packed:
+            return _e4m3(weight, range(start - columns.start, stop - columns.start), blocked.packed)
+        return weight[:, start - columns.start : stop - columns.start]
+
     if blocked.groups == 1:
         x = refs.prepared[0] if blocked.rounds else refs.x
-        return _dot(x[:, columns], weight, blocked.direct)
+        return _dot(x[:, columns], of(columns.start, columns.stop), blocked.direct)
     size, total = max(blocked.per_group, LANES), None
     for start in range(columns.start, columns.stop, size):
         part = slice(start, start + size)
-        tile = weight[:, start - columns.start : start - columns.start + size]
+        tile = of(part.start, part.stop)
         for i in range(blocked.copies):
             x = refs.prepared[0][i, :, part] if blocked.copies > 1 else refs.x[:, part]
-            scale = refs.scales[pl.ds(start // blocked.per_group + i, 1), outputs]
+            scale = refs.scales[pl.ds(start // blocked.per_group + i, 1), outputs] / UNIT[blocked.packed]
             product = _dot(x, tile, blocked.direct) * scale
             total = product if total is None else total + product
     return total
 
 
 def _finish(refs: _Refs, product: Any, outputs: Any) -> Any:
-    """Scaled by what all columns share, in the output's dtype."""
+    """Scaled by what all columns share, less offsets, in the output's dtype."""
     blocked, product = refs.blocked, product.astype(jnp.float32)
     if blocked.rounds:
         product = product * refs.prepared[1][...]
     if blocked.groups == 1:
-        product = product * refs.scales[:, outputs]
+        product = product * (refs.scales[:, outputs] / UNIT[blocked.packed])
+    if blocked.packed == "int4":
+        offsets = refs.of_groups[1][:, outputs] if blocked.offsets else ZERO * refs.scales[:, outputs]
+        product = product - _corrections(refs.prepared[-1][...], offsets)
     return product.astype(refs.out.dtype)
+
+
+def _corrections(sums: Any, offsets: Any) -> Any:
+    """float32 [rows, outputs]."""
+    if sums.shape[1] == 1:
+        return sums * offsets
+    return jnp.dot(sums, offsets, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
 def _body(*arguments: Any, blocked: Blocked) -> None:
     refs, last = _Refs(blocked, *arguments), blocked.num_blocks - 1
-    x, scales = refs.fetch_small()
+    x, of_groups = refs.fetch_small()
     ahead = blocked.slots - 1
     x.start()
     for block in range(min(ahead, last)):
@@ -178,10 +255,12 @@ def _body(*arguments: Any, blocked: Blocked) -> None:
     if last <= ahead:
         for copy in refs.fetch_last():
             copy.start()
-    scales.start()
+    for copy in of_groups:
+        copy.start()
     x.wait()
     _prepare(refs)
-    scales.wait()
+    for copy in of_groups:
+        copy.wait()
 
     @pl.loop(0, last)
     def _(block: Any) -> None:
@@ -206,7 +285,7 @@ def _body(*arguments: Any, blocked: Blocked) -> None:
     outputs, total = pl.ds(last * blocked.block, blocked.last), None
     for copy, columns in zip(refs.fetch_last(), blocked.parts(), strict=True):
         copy.wait()
-        weight = refs.ring[last % blocked.slots, : blocked.last, columns]
+        weight = refs.ring[last % blocked.slots, : blocked.last, blocked.in_bytes(columns)]
         product = _product(refs, weight, columns, outputs)
         total = product if total is None else total + product
     refs.out[last, :, : blocked.last] = _finish(refs, total, outputs)
@@ -215,7 +294,7 @@ def _body(*arguments: Any, blocked: Blocked) -> None:
     refs.all_written().wait()
 
 
-@partial(jax.jit, static_argnames=("activations", "direct", "exact", "config", "interpret"))
+@partial(jax.jit, static_argnames=("activations", "direct", "exact", "config", "packed", "interpret"))
 def quantized_matmul_pallas(
     x: jax.Array,
     values: jax.Array,
@@ -226,56 +305,71 @@ def quantized_matmul_pallas(
     direct: bool,
     exact: bool,
     config: Config,
+    packed: str | None = None,
+    offsets: jax.Array | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """As the op, with values [layers, out, in] and scales [layers, out, groups].
+    """As the op, with values [layers, out, in] and scales [layers, out, groups], packed ones and offsets likewise.
 
     Args:
-        direct: whether values go into the matrix units as they are; float8 alone.
+        direct: whether values go into the matrix units as they are, or unpacked; not int8.
         exact: whether rounded rows are multiplied as int8; else in x's dtype, which has their numbers, and summed in float32.
     """
     (rows, columns), (_, out, groups) = x.shape, scales.shape
     config = config.within(out)
     rounds = activations and ("int8" if exact else x.dtype.name)
-    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, rounds, direct)
-    if blocked.rounds:
-        prepared = [pltpu.VMEM((rows, columns), blocked.rounds), pltpu.VMEM((rows, 1), jnp.float32)]
-    else:
-        prepared = [pltpu.VMEM((blocked.copies, rows, columns), x.dtype)] if blocked.copies > 1 else []
-    key = ShapeKey.of(x, values, groups, activations)
+    has_offsets = offsets is not None
+    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, rounds, direct, packed, has_offsets)
+    key = ShapeKey.of(x, values, groups, activations, packed)
+    of_groups = (scales,) if offsets is None else (scales, offsets)
     if blocked.sliced:
-        scales = jax.lax.dynamic_index_in_dim(scales, layer, keepdims=True)
+        of_groups = tuple(jax.lax.dynamic_index_in_dim(array, layer, keepdims=True) for array in of_groups)
     scratch = [
         pltpu.VMEM((rows, columns), x.dtype),
-        pltpu.VMEM((blocked.slots, blocked.block, columns), values.dtype),
-        pltpu.VMEM((groups, out), jnp.float32),
+        pltpu.VMEM((blocked.slots, blocked.block, blocked.byte_columns), values.dtype),
         pltpu.VMEM((blocked.num_blocks, rows, blocked.block), x.dtype),
         pltpu.SemaphoreType.DMA((blocked.slots,)),
         pltpu.SemaphoreType.DMA((LAST_PARTS,)),
-        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((1 + len(of_groups),)),
         pltpu.SemaphoreType.DMA,
-        *prepared,
+        *[pltpu.VMEM((groups, out), jnp.float32)] * len(of_groups),
+        *_prepared(blocked, x.dtype),
     ]
     vmem_bytes = max(key.vmem_bytes(config) + SPARE_VMEM_BYTES, 16 * MIB)
-    return call(partial(_body, blocked=blocked), x, values, scales, layer, scratch, vmem_bytes, interpret)
+    return call(partial(_body, blocked=blocked), x, values, of_groups, layer, scratch, vmem_bytes, interpret)
+
+
+def _prepared(blocked: Blocked, dtype: Any) -> list[Any]:
+    """What `_prepare` fills."""
+    rows = blocked.rows
+    found = (
+        [pltpu.VMEM((rows, blocked.columns), blocked.rounds), pltpu.VMEM((rows, 1), jnp.float32)]
+        if blocked.rounds
+        else []
+    )
+    if blocked.copies > 1:
+        found.append(pltpu.VMEM((blocked.copies, rows, blocked.columns), dtype))
+    if blocked.packed == "int4":
+        found.append(pltpu.VMEM((rows, blocked.groups), jnp.float32))
+    return found
 
 
 def call(
-    body: Callable[..., None], x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array, scratch: list[Any],
+    body: Callable[..., None], x: jax.Array, values: jax.Array, of_groups: tuple[jax.Array, ...], layer: jax.Array, scratch: list[Any],
     vmem_bytes: int, interpret: Any,
 ) -> jax.Array:  # fmt: skip
-    """[rows, out] of a kernel that moves everything itself: its references are the layer, x, values and scales [layers, groups, out], all in HBM, the
-    result, and `scratch`."""
-    stacks = (values, scales.swapaxes(1, 2))
+    """[rows, out] of a kernel that moves everything itself: its references are the layer, x, values and what there is of groups
+    [layers, groups, out], scales first, all in HBM, the result, and `scratch`."""
+    stacks = (values, *(array.swapaxes(1, 2) for array in of_groups))
     if not interpret:  # else XLA would bring all of a stack that is small enough into VMEM, anew for each layer
         stacks = tuple(pltpu.with_memory_space_constraint(stack, pltpu.HBM) for stack in stacks)
     return pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct((x.shape[0], scales.shape[1]), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((x.shape[0], values.shape[1]), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 3,
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(stacks)),
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=scratch,
         ),

@@ -258,4 +258,4 @@ def quantized_matmul_resident(
         *(rounded if activations else ()),
     ]
     vmem_bytes = static.vmem_bytes + SPARE_VMEM_BYTES
-    return call(partial(_body, static=static), x, values, scales, layer, scratch, vmem_bytes, interpret)
+    return call(partial(_body, static=static), x, values, (scales,), layer, scratch, vmem_bytes, interpret)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_inference.kernels.quantized_matmul.packing import HALF, ZERO, halves, nibbles, numbers
+from tpu_inference.kernels.quantized_matmul.packing import BLOCK, HALF, ZERO, halves, nibbles, numbers
 from tpu_inference.kernels.quantized_matmul.reference import HIGHEST, round_rows
 
 MOST_ROWS_BY_GROUP, LEAST_GROUP = 256, 128
@@ -85,7 +85,7 @@ def _packed(
         pairs = zip(halves(x), nibbles(values[layer]), strict=True)
         product = sum(_dot(half, numbers(codes, packed).astype(x.dtype), accumulate_dtype) for half, codes in pairs)
         product = product.astype(jnp.float32) * scales[:, 0]
-    elif x.shape[0] <= MOST_ROWS_BY_GROUP and (size == HALF or size % (2 * HALF) == 0):
+    elif x.shape[0] <= MOST_ROWS_BY_GROUP and (size == HALF or size % BLOCK == 0):
         product = _packed_by_group(x, values, scales, layer, packed)
     else:
         weights = _scaled(values[layer], scales, corrections, packed)
@@ -102,11 +102,22 @@ def _packed(
 
 def _scaled(values: jax.Array, scales: jax.Array, corrections: jax.Array | None, packed: str) -> Iterator[jax.Array]:
     """float32 [out, in / 2], the weights of each nibble."""
-    size = 2 * values.shape[1] // scales.shape[1]
-    every = halves(jnp.repeat(scales, size, axis=1))
-    less = (0, 0) if corrections is None else halves(jnp.repeat(corrections, size, axis=1))
-    for codes, scale, correction in zip(nibbles(values), every, less, strict=True):
+    columns = 2 * values.shape[1]
+    less = (0, 0) if corrections is None else _of_halves(corrections, columns)
+    for codes, scale, correction in zip(nibbles(values), _of_halves(scales, columns), less, strict=True):
         yield numbers(codes, packed) * scale - correction
+
+
+def _of_halves(of_groups: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+    """[out, in / 2] each, for `halves` of the columns, of [out, groups]: moved before they are repeated, since XLA writes down what it moves."""
+    size = columns // of_groups.shape[1]
+    if HALF % size == 0:
+        blocks = of_groups.reshape(of_groups.shape[0], -1, 2, HALF // size)
+        low, high = (jnp.repeat(blocks[:, :, i].reshape(blocks.shape[0], -1), size, axis=1) for i in range(2))
+        return low, high
+    if size % BLOCK == 0:
+        return (jnp.repeat(of_groups, size // 2, axis=1),) * 2
+    return halves(jnp.repeat(of_groups, size, axis=1))
 
 
 def _packed_by_group(x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array, packed: str) -> jax.Array:
