@@ -2,6 +2,7 @@
 """The real TPU compiler takes the product with quantized weights: by the kernel where the matrix unit takes float8."""
 
 import os
+import re
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -42,6 +43,22 @@ def test_every_generation(topology, spec):
     compiled = jitted.lower(*spec.arguments(device)).compile()
     assert compiled.as_text().count("tpu_custom_call") == 1
     assert compiled.memory_analysis().temp_size_in_bytes < spec.out * spec.columns / 4
+
+
+@pytest.mark.parametrize(("topology", "own"), [("tpu7x:2x2x1", True), ("v6e:2x2", False)])
+def test_rounded_activations_of_float8(topology, own):
+    """tpu7x multiplies float8 by float8, in the kernel for few rows and by XLA; products of the others are of bfloat16."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = SingleDeviceSharding(device)
+
+    def lowered(rows):
+        spec = Spec(rows, 1280, 1792, "float8_e4m3fn", "float8_e4m3fn")
+        jitted = jax.jit(spec.function(device), in_shardings=sharding, out_shardings=sharding)
+        return jitted.lower(*spec.arguments(device))
+
+    assert lowered(64).compile().as_text().count("tpu_custom_call") == 1
+    both = re.findall(r"dot_general.*xf8E4M3FN>, tensor<\S*xf8E4M3FN>\)", (many := lowered(2048)).as_text())
+    assert bool(both) == own and many.compile().memory_analysis().temp_size_in_bytes < 2048 * (1280 + 1792) * 4
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,18 @@ def test_one_of_several_layers(rows, columns, groups, implementation):
     np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_activations_of_float8(rows):
+    """Rounded as the reference rounds them, and not as they were."""
+    arguments = case(rows, 33, 64, 1, "float8_e4m3fn", "float32")
+    expected = quantized_matmul(*arguments, activations="float8_e4m3fn", implementation="reference")
+    found = quantized_matmul(*arguments, activations="float8_e4m3fn")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    unrounded = quantized_matmul(*arguments)
+    difference = np.abs(found - unrounded).max()
+    assert 1e-3 * np.abs(unrounded).max() < difference < 0.1 * np.abs(unrounded).max()
+
+
 def test_rounded_activations_are_summed_exactly():
     arguments = case(5, 33, 64, 1, "int8", "float32")
     expected = quantized_matmul(*arguments, activations="int8", implementation="reference")
@@ -101,14 +113,15 @@ def test_every_value_is_multiplied_as_it_is():
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("chip", ["v6e", "tpu7x"])
-def test_kernel_rounds_rows(chip):
-    """As int8, or as whole numbers of bfloat16 where the matrix unit does not take int8."""
-    x, values, scales = case(8, 256, 256, 1, "int8")
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_kernel_rounds_rows(chip, dtype):
+    """As they are, or as the same numbers of bfloat16 where the matrix unit does not take the dtype."""
+    x, values, scales = case(8, 256, 256, 1, dtype)
     implementation = Form("pallas_interpret", chip)
-    found = quantized_matmul(x, values, scales, activations="int8", implementation=implementation)
-    expected = quantized_matmul(x, values, scales, activations="int8", implementation="reference")
+    found = quantized_matmul(x, values, scales, activations=dtype, implementation=implementation)
+    expected = quantized_matmul(x, values, scales, activations=dtype, implementation="reference")
     scale = np.abs(expected.astype(jnp.float32)).max()
-    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=2**-8 * scale)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32), atol=2**-7 * scale)
 
 
 @pytest.mark.interpret
@@ -221,6 +234,7 @@ def test_where_the_kernel_runs():
         (dict(values=jnp.zeros((4, 8), jnp.bfloat16)), "served are int8"),
         (dict(activations="int4"), "none of"),
         (dict(activations="int8", scales=jnp.zeros((4, 2))), "one group"),
+        (dict(activations="float8_e4m3fn"), "need float8_e4m3fn values"),
         (dict(implementation="fast"), "none of"),
     ],
 )

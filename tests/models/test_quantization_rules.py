@@ -17,6 +17,7 @@ LAYER, EXPERT = "model.layers.3.mlp.down_proj", "model.layers.3.mlp.experts.12.d
         ("int8_weights", "int8", None, "int8"),
         ("int8_weights_activations", "int8", "int8", "int8"),
         ("fp8", "float8_e4m3fn", None, "float8_e4m3fn"),
+        ("fp8_weights_activations", "float8_e4m3fn", "float8_e4m3fn", "float8_e4m3fn"),
         ("int4_weights", "int4", None, "int8"),
     ],
 )
@@ -37,6 +38,7 @@ def test_all_ready_made_ones_are_read():
         "int8_weights",
         "int8_weights_activations",
         "fp8",
+        "fp8_weights_activations",
         "int4_weights",
     }
 
@@ -71,7 +73,8 @@ def test_the_first_that_fits_the_whole_name_counts(tmp_path):
         ("- {module_path: x, weight_qtype: int8, tile_size: 48}", "tile_size=48 is no multiple of 32"),
         ("- {module_path: x, weight_qtype: int8, act_qtype: int8, tile_size: 64}", "of weights alone"),
         ("- {module_path: x, weight_qtype: float8_e4m3fn, act_qtype: int8}", "needs weight_qtype: int8"),
-        ("- {module_path: x, weight_qtype: int8, act_qtype: float8_e4m3fn}", "act_qtype='float8_e4m3fn' is not int8"),
+        ("- {module_path: x, weight_qtype: int8, act_qtype: float8_e4m3fn}", "act_qtype: float8_e4m3fn needs weight_qtype: float8_e4m3fn"),
+        ("- {module_path: x, weight_qtype: int4, act_qtype: int4}", "act_qtype='int4' is none of int8, float8_e4m3fn"),
     ],
 )  # fmt: skip
 def test_what_is_not_served(tmp_path, text, said):
@@ -80,7 +83,12 @@ def test_what_is_not_served(tmp_path, text, said):
 
 
 def test_no_such_file():
-    with pytest.raises(ConfigError, match=re.escape("nor one of fp8, int4_weights, int8_weights, int8_weights_activations")):
+    with pytest.raises(
+        ConfigError,
+        match=re.escape(
+            "nor one of fp8, fp8_weights_activations, int4_weights, int8_weights, int8_weights_activations"
+        ),
+    ):
         read_rules("int9")
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public op."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from tpu_inference.kernels.forms import Implementation, chip_of
 from tpu_inference.kernels.quantized_matmul.config import LANES, MOST_VMEM_BYTES, Config, ShapeKey, config_for
 from tpu_inference.kernels.quantized_matmul.kernel import quantized_matmul_pallas
 from tpu_inference.kernels.quantized_matmul.packing import BLOCK, KINDS, Packed
-from tpu_inference.kernels.quantized_matmul.reference import quantized_matmul_reference
+from tpu_inference.kernels.quantized_matmul.reference import E4M3, quantized_matmul_reference, round_rows
 from tpu_inference.kernels.quantized_matmul.resident import Resident, quantized_matmul_resident
 from tpu_inference.kernels.quantized_matmul.xla import quantized_matmul_xla
 
@@ -20,14 +21,14 @@ _INTERPRET = {"pallas": False, "pallas_interpret": pltpu.InterpretParams()}
 _FORMS = (*_JNP, *_INTERPRET)
 KERNEL_CHIPS = ("v5e", "v6e", "tpu7x")
 """Whose matrix units take float8 weights, and that have VMEM enough."""
-INT8_CHIPS = ("v5e", "v6e")
-"""Whose matrix units take int8 rows and weights."""
+MULTIPLIED: Mapping[str, tuple[str | None, ...]] = {"int8": ("v5e", "v6e", None), E4M3: ("tpu7x", None)}
+"""By the dtype of rounded rows, chips whose matrix units multiply it by weights of its own; None is of interpret mode."""
 RESIDENT_CHIPS = ("v6e", None)
 """On which the kernel for many rows is a gain; None is of interpret mode. XLA's form is near the roofline on the others."""
 MOST_ROWS, MOST_CONVERTED_ROWS = 128, 256
 """Of the kernel for few rows: more take longer to multiply than the weights to come. The second where XLA converts values one by one, or scales
 groups, which takes longer yet."""
-ACTIVATIONS = (None, "int8")
+ACTIVATIONS = (None, *MULTIPLIED)
 VALUES = tuple(jnp.dtype(name) for name in ("int8", "float8_e4m3fn", "float8_e5m2"))
 
 
@@ -50,8 +51,8 @@ def quantized_matmul(
         x: [T, in], bfloat16 or float32.
         values: [out, in], of a dtype in `VALUES`.
         scales: float32 [out, groups]; a group is in / groups neighbouring columns. One group: a scale for each row, or copies of one for all.
-        activations: None, or "int8": each row of x is rounded to int8 by its greatest absolute value, and the products are exact sums of int32. Needs
-            int8 values and one group.
+        activations: None, or the dtype that each row of x is rounded to, by its greatest absolute value: that of the values, "int8" or
+            "float8_e4m3fn", which have one group. Products of int8 are exact sums of int32.
         accumulate_dtype: of the product before it is scaled, which is what is summed over devices where `in` is divided among them.
         layer: int32 scalar: values [layers, out, in] and scales [layers, out, groups] have several layers', and this one's are meant; they are
             read where they lie, but by the XLA form where groups are of less than `LEAST_GROUP` columns.
@@ -74,6 +75,13 @@ def quantized_matmul(
     _check(x, *of_one, activations, implementation, packed)
     if offsets is not None:
         _check_offsets(offsets, scales, packed)
+    if activations == E4M3 and implementation != "reference" and not multiplies(E4M3, implementation):
+        rounded, row_scales = round_rows(x, E4M3)  # numbers that x's dtype has
+        product = quantized_matmul(
+            rounded.astype(x.dtype), values, scales, accumulate_dtype=accumulate_dtype, layer=layer,
+            implementation=implementation, config=config,
+        )  # fmt: skip
+        return (product.astype(jnp.float32) * row_scales).astype(x.dtype)
     form = form_of(x, values, scales, activations=activations, implementation=implementation, packed=packed)
     if form in _INTERPRET:
         chip, groups = chip_of(implementation), scales.shape[-1]
@@ -83,7 +91,7 @@ def quantized_matmul(
             )
         return quantized_matmul_pallas(
             x, *stacked[:2], index, packed=packed, offsets=stacked[2],
-            activations=activations, direct=values.dtype != jnp.int8, exact=chip is None or chip in INT8_CHIPS,
+            activations=activations, direct=values.dtype != jnp.int8, exact=activations is None or chip in MULTIPLIED[activations],
             config=config or config_for(ShapeKey.of(x, values, groups, activations, packed), chip), interpret=_INTERPRET[form],
         )  # fmt: skip
     how: dict[str, Any] = dict(activations=activations, accumulate_dtype=accumulate_dtype, packed=packed)
@@ -107,6 +115,11 @@ def form_of(
     return str(implementation) if runs and (_serves(*what) or _is_resident(*what)) else "xla"
 
 
+def multiplies(dtype: str, implementation: Implementation) -> bool:
+    """Whether the matrix unit multiplies rows and weights of `dtype`, an entry of `MULTIPLIED`, where an implementation runs."""
+    return implementation in _INTERPRET and chip_of(implementation) in MULTIPLIED[dtype]
+
+
 def most_rows(dtype: Any, groups: int) -> int:
     """That the kernel for few rows takes, of values of a dtype."""
     return MOST_CONVERTED_ROWS if groups > 1 or dtype != jnp.int8 else MOST_ROWS
@@ -126,7 +139,14 @@ def _is_resident(
 ) -> bool:
     """Whether the kernel for many rows takes them."""
     static = Resident(x.shape[0], *values.shape[-2:], activations is not None, values.dtype != jnp.int8)
-    return not packed and x.dtype == jnp.bfloat16 and groups == 1 and chip in RESIDENT_CHIPS and static.serves
+    return (
+        not packed
+        and activations != E4M3
+        and x.dtype == jnp.bfloat16
+        and groups == 1
+        and chip in RESIDENT_CHIPS
+        and static.serves
+    )
 
 
 def _check(x: Any, values: Any, scales: Any, activations: str | None, implementation: str, packed: str | None) -> None:
@@ -142,8 +162,10 @@ def _check(x: Any, values: Any, scales: Any, activations: str | None, implementa
         raise ValueError(f"values are {values.dtype}; served are {', '.join(map(str, VALUES))}")
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations={activations!r} is none of {ACTIVATIONS}")
-    if activations and (values.dtype != jnp.int8 or scales.shape[1] != 1):
-        raise ValueError(f"int8 activations need int8 values of one group, not {values.dtype} of {scales.shape[1]}")
+    if activations and (values.dtype != activations or scales.shape[1] != 1):
+        raise ValueError(
+            f"{activations} activations need {activations} values of one group, not {values.dtype} of {scales.shape[1]}"
+        )
 
 
 def _check_packed(x: Any, values: Any, activations: str | None, packed: str) -> None:

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.quantized_matmul.config import LANES, MIB, Config, ShapeKey
 from tpu_inference.kernels.quantized_matmul.packing import BLOCK, ZERO
-from tpu_inference.kernels.quantized_matmul.reference import HIGHEST, round_rows
+from tpu_inference.kernels.quantized_matmul.reference import E4M3, HIGHEST, round_rows
 
 NAME = "quantized_matmul"
 SPARE_VMEM_BYTES = 4 * MIB
@@ -145,7 +145,7 @@ def _prepare(refs: _Refs) -> None:
     blocked = refs.blocked
     if blocked.rounds:
         values, row_scales = refs.prepared
-        rounded, row_scales[...] = round_rows(refs.x[...])
+        rounded, row_scales[...] = round_rows(refs.x[...], E4M3 if blocked.rounds == E4M3 else "int8")
         values[...] = rounded.astype(values.dtype)
     elif blocked.copies > 1:
         copies = refs.prepared[0]
@@ -313,11 +313,11 @@ def quantized_matmul_pallas(
 
     Args:
         direct: whether values go into the matrix units as they are, or unpacked; not int8.
-        exact: whether rounded rows are multiplied as int8; else in x's dtype, which has their numbers, and summed in float32.
+        exact: whether rounded rows are multiplied as they are; else, of int8, in x's dtype, which has their numbers, and summed in float32.
     """
     (rows, columns), (_, out, groups) = x.shape, scales.shape
     config = config.within(out)
-    rounds = activations and ("int8" if exact else x.dtype.name)
+    rounds = activations and (activations if exact else x.dtype.name)
     has_offsets = offsets is not None
     blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, rounds, direct, packed, has_offsets)
     key = ShapeKey.of(x, values, groups, activations, packed)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from tpu_inference.kernels.quantized_matmul.packing import numbers, unpack
 
 HIGHEST = jax.lax.Precision.HIGHEST
+E4M3 = "float8_e4m3fn"
 
 
 def dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
@@ -24,11 +25,11 @@ def dequantize_packed(values: jax.Array, scales: jax.Array, packed: str, offsets
     return dequantize(codes, scales) - jnp.repeat(offsets, codes.shape[1] // offsets.shape[1], axis=1)
 
 
-def round_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(int8 [T, in], float32 [T, 1]) whose product is about x."""
+def round_rows(x: jax.Array, dtype: str = "int8") -> tuple[jax.Array, jax.Array]:
+    """([T, in] of int8 or E4M3, float32 [T, 1]) whose product is about x."""
     x = x.astype(jnp.float32)
-    scales = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-12) / 127
-    return jnp.round(x / scales).astype(jnp.int8), scales
+    scales = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), 1e-12) / (127 if dtype == "int8" else 448)
+    return (jnp.round(x / scales) if dtype == "int8" else x / scales).astype(dtype), scales
 
 
 def quantized_matmul_reference(
@@ -45,7 +46,7 @@ def quantized_matmul_reference(
     del accumulate_dtype
     rows = x.astype(jnp.float32)
     if activations:
-        rounded, row_scales = round_rows(x)
+        rounded, row_scales = round_rows(x, activations)
         rows = rounded.astype(jnp.float32) * row_scales
     weight = dequantize_packed(values, scales, packed, offsets) if packed else dequantize(values, scales)
     return jnp.dot(rows, weight.T, precision=HIGHEST).astype(x.dtype)

@@ -42,8 +42,9 @@ def quantized_matmul_xla(
         return _by_group(x, values, scales, layer).astype(x.dtype)
     values = values[layer]
     if activations:
-        rounded, row_scales = round_rows(x)
-        product = _dot(rounded, values, jnp.int32).astype(jnp.float32) * row_scales
+        rounded, row_scales = round_rows(x, activations)
+        whole = jnp.int32 if activations == "int8" else jnp.float32
+        product = _dot(rounded, values, whole).astype(jnp.float32) * row_scales
     elif groups == 1 and x.shape[0] == 1 and x.dtype == jnp.bfloat16 and accumulate_dtype == jnp.float32:
         # One row on the CPU backend: summed as it is read, where a product would convert the whole weight first.
         product = (values.astype(jnp.float32) * x.astype(jnp.float32)).sum(1)[None]

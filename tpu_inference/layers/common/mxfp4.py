@@ -18,7 +18,8 @@ _EXPONENT_BIAS = 127
 
 
 def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """float32 [rows, 32 groups] of `blocks` uint8 [rows, groups, 16], the earlier value in the lower bits, and `scales` [rows, groups], as they are stored."""
+    """float32 [rows, 32 groups] of `blocks` uint8 [rows, groups, 16], the earlier value in the lower bits, and `scales` [rows, groups], as
+    they are stored."""
     codes = np.stack([blocks & 15, blocks >> 4], axis=-1)
     values = VALUES[codes].reshape(*scales.shape, GROUP)
     return np.ldexp(values, scales.astype(np.int32)[..., None] - _EXPONENT_BIAS).reshape(len(scales), -1)

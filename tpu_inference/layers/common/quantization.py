@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
-from tpu_inference.kernels.quantized_matmul import BLOCK, Packed
+from tpu_inference.kernels.forms import implementation_for
+from tpu_inference.kernels.quantized_matmul import BLOCK, Packed, multiplies
 from tpu_inference.layers.common.four_bits import ZERO_POINT, NibbleSource, is_whole
 from tpu_inference.layers.common.mxfp4 import Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, Nvfp4Source
@@ -126,7 +128,7 @@ class Scheme:
     block: tuple[int | None, int | None] = (1, None)
     """Rows and columns of the weight that share a scale; None for all of them."""
     activations: str | None = None
-    """As `quantized_matmul` takes it."""
+    """As `quantized_matmul` takes it; see `activations_on`."""
     at_load: bool = False
     """Whether the checkpoint has the weights in full, and they are rounded at load, with a scale for each row or for groups of its columns."""
     packed: int = 0
@@ -141,6 +143,11 @@ class Scheme:
     """Last part of the name of the one scale of the whole tensor, which NVFP4 has besides."""
     divides: bool = False
     """Whether that is divided by."""
+
+    def activations_on(self, device: jax.Device) -> str | None:
+        """None for float8 that a checkpoint asks for where the matrix unit does not multiply it: rounding would cost accuracy and gain nothing."""
+        of_checkpoint = self.activations == _E4M3.name and not self.at_load
+        return None if of_checkpoint and not multiplies(_E4M3.name, implementation_for(device)) else self.activations
 
     @property
     def code(self) -> Packed | None:

@@ -34,7 +34,8 @@ class Linear(nnx.Module):
         weight = WeightSpec(shape, ctx.dtype, axes, tuple(pieces), axis)
         scheme = ctx.quantization and ctx.quantization.of_weight(weight.pieces)
         held = quantized(weight, scheme, ctx.shards) if scheme else None
-        self.activations, self.packed = (scheme.activations, held.packed) if scheme and held else (None, None)
+        self.activations = scheme.activations_on(ctx.mesh.devices.flat[0]) if scheme else None
+        self.packed = held.packed if held else None
         self.weight = StackParam(held.values) if held else nnx.Param(weight)
         self.scales = StackParam(held.scales) if held else None
         self.zero_points = StackParam(held.zero_points) if held and held.zero_points else None

@@ -40,13 +40,15 @@ def _plain(accumulate_dtype: Any) -> Times:
 
 
 def _quantized(method: QuantizedLinearMethod, axes: LogicalAxes, mesh: Mesh, accumulate_dtype: Any) -> Times:
+    activations = method.scheme.activations_on(mesh.devices.flat[0])
+
     def times(layer: torch.nn.Module, suffix: str, x: jax.Array) -> jax.Array | None:
         values, scales = _array(layer, VALUES + suffix), _array(layer, SCALES + suffix)
         if values is None or scales is None:
             return None
         return quantized_product(
             x, values, scales, axes=(None, None) if suffix == WHOLE else axes, mesh=mesh,
-            accumulate_dtype=accumulate_dtype, activations=method.scheme.activations, packed=method.packed,
+            accumulate_dtype=accumulate_dtype, activations=activations, packed=method.packed,
             zero_points=_array(layer, ZERO_POINTS + suffix),
         )  # fmt: skip
 

@@ -91,7 +91,9 @@ def _fp8(config: Any) -> Callable[[str], Scheme | None]:
     block = config.weight_block_size
     if config.store_dtype not in (None, "fp8"):
         raise QuantizationError(f"fp8 with store_dtype={config.store_dtype!r}")
-    scheme = Scheme(_FP8, tuple(block), scales_name="weight_scale_inv") if block else Scheme(_FP8, (None, None))
+    activations = _FP8 if config.activation_scheme == "dynamic" else None
+    of_tensor = Scheme(_FP8, (None, None), activations=activations)
+    scheme = Scheme(_FP8, tuple(block), scales_name="weight_scale_inv") if block else of_tensor
     return lambda layer: None if compat.fp8_skips(config, layer) else scheme
 
 
@@ -158,7 +160,9 @@ def _compressed_scheme(weights: Any, activations: Any, layout: str) -> Scheme:
     return Scheme(
         dtype,
         _BLOCKS[strategy](weights),
-        activations="int8" if kind == "int8" and activations is not None else None,
+        activations=dtype
+        if activations is not None and activations.dynamic and strategy in ("tensor", "channel")
+        else None,
         packed=weights.num_bits if packed else 0,
         values_name="weight_packed" if packed else "weight",
         zeros_name=None if weights.symmetric else "weight_zero_point",

@@ -2,8 +2,8 @@
 """Rules by which the weights of an unquantized checkpoint are rounded as they are loaded: a YAML list, of which the first that fits a layer counts.
 
 Keys are those of qwix's rules, as far as they are served: `module_path`, a regular expression of the layer's whole name in the checkpoint;
-`weight_qtype`, "int8", "int4" (not of experts) or "float8_e4m3fn", or null for layers that stay as they are; `act_qtype`, "int8" or null; `tile_size`, columns of a row that
-share a scale, or null for all of them.
+`weight_qtype`, "int8", "int4" (not of experts) or "float8_e4m3fn", or null for layers that stay as they are; `act_qtype`, the same type or null, but
+not "int4"; `tile_size`, columns of a row that share a scale, or null for all of them.
 """
 
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tpu_inference.errors import ConfigError
+from tpu_inference.kernels.quantized_matmul import ACTIVATIONS
 from tpu_inference.layers.common.quantization import GREATEST, LEAST_PART, Scheme
 
 READY_MADE = Path(__file__).parent
@@ -35,7 +36,7 @@ class Rules:
         self._matched = False
 
     def __call__(self, layer: str) -> Scheme | None:
-        """The scheme of the first rule that fits; None where none does. Raises ConfigError for int8 activations of experts, and int4 weights."""
+        """The scheme of the first rule that fits; None where none does. Raises ConfigError for rounded activations of experts, and int4 weights."""
         scheme = next((rule.scheme for rule in self._rules if rule.module_path.fullmatch(layer)), None)
         if scheme and scheme.dtype == "int4" and _EXPERT.search(layer):
             raise ConfigError(
@@ -98,10 +99,11 @@ def _problems(rule: dict[Any, Any]) -> list[str]:
         problems.append(f"module_path={rule.get('module_path')!r} is no regular expression")
     if weights is not None and weights not in GREATEST:
         problems.append(f"weight_qtype={weights!r} is none of {', '.join(GREATEST)}")
-    if activations not in (None, "int8"):
-        problems.append(f"act_qtype={activations!r} is not int8, which are the only activations that are rounded")
-    elif activations and weights != "int8":
-        problems.append("act_qtype: int8 needs weight_qtype: int8")
+    if activations not in ACTIVATIONS:
+        rounded = ", ".join(name for name in ACTIVATIONS if name)
+        problems.append(f"act_qtype={activations!r} is none of {rounded}, which activations are rounded to")
+    elif activations and weights != activations:
+        problems.append(f"act_qtype: {activations} needs weight_qtype: {activations}")
     if tile is not None and (type(tile) is not int or tile < LEAST_PART or tile % LEAST_PART):
         problems.append(f"tile_size={tile!r} is no multiple of {LEAST_PART}")
     elif tile and activations:
