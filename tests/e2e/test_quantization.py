@@ -103,13 +103,15 @@ def test_on_several_devices(quantized, kind, where):
     assert sum(a[0] == b[0] for a, b in zip(expected, found, strict=True)) >= 4, SUMS
 
 
-FOUR_BITS = ["int4-group", "int4-zeros", "awq", "gptq", "nvfp4", "mxfp4"]
+FOUR_BITS = [
+    ("awq", "auto"),
+    ("mxfp4", "auto"),
+    *(pytest.param(kind, "auto", marks=pytest.mark.slow) for kind in ("int4-group", "int4-zeros", "gptq", "nvfp4")),
+    *(pytest.param(kind, "vllm", marks=pytest.mark.slow) for kind in ("int4-group", "awq", "nvfp4")),
+]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow if k not in ("awq", "mxfp4") else ()) for k in FOUR_BITS]
-)
+@pytest.mark.parametrize(("kind", "impl"), FOUR_BITS)
 def test_two_values_of_four_bits_in_a_byte(zoo, tmp_path_factory, kind, impl):
     """Where columns are whole blocks: half the bytes, and the twin's answers."""
     made, twin = quantized_models.save(zoo("llama@blocks"), kind, tmp_path_factory.mktemp("packed"))
@@ -126,8 +128,7 @@ def test_two_values_of_four_bits_in_a_byte(zoo, tmp_path_factory, kind, impl):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", ["auto", "vllm"])
-@pytest.mark.parametrize("kind", ["int4-zeros", "mxfp4"])
+@pytest.mark.parametrize(("kind", "impl"), [("int4-zeros", "auto"), ("mxfp4", "auto"), ("int4-zeros", "vllm")])
 def test_two_values_in_a_byte_on_two_devices(zoo, tmp_path_factory, kind, impl):
     """Of o_proj a device has half a block of columns, which stays in bytes; of down_proj a whole one."""
     made, twin = quantized_models.save(zoo("llama@blocks"), kind, tmp_path_factory.mktemp("packed"))
