@@ -184,6 +184,10 @@ AT_LOAD: dict[str, dict[str, Any]] = {
     "int8 weights and activations, at load (rules `int8_weights_activations`)": dict(
         additional_config={"quantization": "int8_weights_activations"}
     ),
+    "fp8 weights and activations, at load (rules `fp8_weights_activations`)": dict(
+        additional_config={"quantization": "fp8_weights_activations"}
+    ),
+    "4-bit, groups of 64, at load (rules `int4_weights`)": dict(additional_config={"quantization": "int4_weights"}),
     "bfloat16, KV cache in fp8 (`--kv-cache-dtype fp8`), scales of 1": dict(kv_cache_dtype="fp8"),
 }
 

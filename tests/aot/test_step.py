@@ -110,6 +110,9 @@ def test_weights_are_multiplied_where_they_lie():
 
 _INT8, _FP8 = Scheme("int8", activations="int8"), Scheme("float8_e4m3fn")
 _BLOCK, _INT4 = Scheme("float8_e4m3fn", (128, 128)), Scheme("int8", (1, 64), packed=4)
+_AWQ = Scheme(
+    "int8", (1, 128), packed=4, layout="awq", zeros_name="qzeros", values_name="qweight", scales_name="scales"
+)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,7 @@ _BLOCK, _INT4 = Scheme("float8_e4m3fn", (128, 128)), Scheme("int8", (1, 64), pac
         (_FP8, "v6e:2x2"),
         (_BLOCK, "v6e:2x2"),
         (_INT4, "v6e:2x2"),
+        (_AWQ, "tpu7x:2x2x1"),
         (_FP8, "v5e:2x2"),
         (_BLOCK, "tpu7x:2x2x1"),
     ],

@@ -134,8 +134,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": dict(tie_word_embeddings=True),
 }
 """What "NAME@VARIANT" has instead: query heads that tensor parallelism divides, as vLLM wants, and a vocabulary that it divides or not; a head dim
-that the Pallas kernels serve; sizes that groups of quantized columns divide, on eight devices too; whole blocks of values of four bits; layers enough to
-repeat; a head that is the embedding, as vLLM's class of Gemma 2 has it."""
+that the Pallas kernels serve; sizes that groups of quantized columns divide, on eight devices too; whole blocks of values of four bits;
+layers enough to repeat; a head that is the embedding, as vLLM's class of Gemma 2 has it."""
 
 
 def build(name: str, **changes: Any) -> torch.nn.Module:

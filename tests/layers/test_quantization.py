@@ -18,11 +18,11 @@ from tpu_inference.layers.common.quantization import (
     Quantization,
     Scheme,
     dequantized,
-    quantized,
     rounded,
     scales_of_rows,
     without_minus_zero,
 )
+from tpu_inference.layers.common.quantized_specs import quantized
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec
 
 ROWS, COLUMNS = 13, 24

@@ -8,8 +8,8 @@ from flax import nnx
 
 from tpu_inference.layers.common.build import BuildContext
 from tpu_inference.layers.common.linear import matmul
-from tpu_inference.layers.common.quantization import quantized
 from tpu_inference.layers.common.quantized_linear import quantized_product
+from tpu_inference.layers.common.quantized_specs import quantized
 from tpu_inference.layers.common.weights import Piece, WeightSpec
 
 

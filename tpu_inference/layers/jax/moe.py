@@ -22,7 +22,8 @@ from tpu_inference.layers.common.moe import (
     route,
 )
 from tpu_inference.layers.common.mxfp4 import Mxfp4RowsSource
-from tpu_inference.layers.common.quantization import Quantization, QuantizedSpecs, quantized, quantized_by_rows
+from tpu_inference.layers.common.quantization import Quantization
+from tpu_inference.layers.common.quantized_specs import QuantizedSpecs, quantized, quantized_by_rows
 from tpu_inference.layers.common.weights import Piece, Source, TransposedSource, WeightSpec, padded
 from tpu_inference.layers.jax.config import DecoderConfig
 from tpu_inference.layers.jax.linear import StackParam
