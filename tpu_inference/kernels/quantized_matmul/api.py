@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public op."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ KERNEL_CHIPS = ("v5e", "v6e", "tpu7x")
 """Whose matrix units take float8 weights, and that have VMEM enough."""
 INT8_CHIPS = ("v5e", "v6e")
 """Whose matrix units take int8 rows and weights."""
+FLOAT8: Mapping[str | None, str] = {"v5e": "float8_e4m3b11fnuz", "v6e": "float8_e4m3b11fnuz"}
+"""What their matrix units have, where that is not e4m3fn."""
 RESIDENT_CHIPS = ("v6e", None)
 """On which the kernel for many rows is a gain; None is of interpret mode. XLA's form is near the roofline on the others."""
 MOST_ROWS, MOST_CONVERTED_ROWS = 128, 256
@@ -82,7 +85,7 @@ def quantized_matmul(
                 x, *stacked[:2], index, activations=activations, interpret=_INTERPRET[form]
             )
         return quantized_matmul_pallas(
-            x, *stacked[:2], index, packed=packed, offsets=stacked[2],
+            x, *stacked[:2], index, packed=packed, offsets=stacked[2], unpacked=FLOAT8.get(chip, "float8_e4m3fn"),
             activations=activations, direct=values.dtype != jnp.int8, exact=chip is None or chip in INT8_CHIPS,
             config=config or config_for(ShapeKey.of(x, values, groups, activations, packed), chip), interpret=_INTERPRET[form],
         )  # fmt: skip
