@@ -244,18 +244,18 @@ def test_what_does_not_fit(change, said):
         quantized_matmul(**{**arguments, **change})
 
 
-def packed_case(rows, out, columns, groups, packed, offsets=False, x_dtype="bfloat16"):
+def packed_case(rows, out, columns, groups, packed, zero_points=False, x_dtype="bfloat16"):
     """Arguments of the op, and the weight that they mean, by NumPy: float32 [out, in]."""
     source = np.random.default_rng(rows + out + columns + groups)
     codes = source.integers(0, 16, (out, columns), np.uint8)
     codes = without_minus_zero(codes) if packed == "e2m1" else codes
     scales = source.uniform(0.01, 1, (out, groups)).astype(np.float32)
-    zeros = source.integers(0, 16, (out, groups)).astype(np.float32) if offsets else np.float32(8)
+    zeros = source.integers(0, 16, (out, groups)).astype(np.float32) if zero_points else np.float32(8)
     every = np.repeat(scales, columns // groups, axis=1)
     less = np.repeat(np.broadcast_to(zeros * scales, scales.shape), columns // groups, axis=1)
     weight = codes * every - less if packed == "int4" else E2M1[codes] * every
     x = jnp.asarray(source.standard_normal((rows, columns)), x_dtype)
-    named = dict(packed=packed, offsets=jnp.asarray(zeros * scales) if offsets else None)
+    named = dict(packed=packed, zero_points=jnp.asarray(zeros) if zero_points else None)
     return (x, jnp.asarray(pack(codes)), jnp.asarray(scales)), named, weight
 
 
@@ -297,7 +297,7 @@ def test_codes_that_are_none(codes):
 
 
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("packed", "offsets"), [("int4", False), ("int4", True), ("e2m1", False)])
+@pytest.mark.parametrize(("packed", "zero_points"), [("int4", False), ("int4", True), ("e2m1", False)])
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize(
     ("rows", "columns", "groups"),
@@ -306,24 +306,27 @@ def test_codes_that_are_none(codes):
         (300, 256, 2),
     ],
 )  # fmt: skip
-def test_packed_against_numpy(rows, columns, groups, implementation, packed, offsets, x_dtype):
-    arguments, named, weight = packed_case(rows, 33, columns, groups, packed, offsets, x_dtype)
+def test_packed_against_numpy(rows, columns, groups, implementation, packed, zero_points, x_dtype):
+    arguments, named, weight = packed_case(rows, 33, columns, groups, packed, zero_points, x_dtype)
     found = quantized_matmul(*arguments, **named, implementation=implementation)
     means(weight, arguments[0], found, {"bfloat16": 2**-7, "float32": 1e-5}[x_dtype])
 
 
 def of_two_layers(arguments, named):
     """The same with `layer`: weights of another layer lie before them."""
-    (x, *stacked), offsets = arguments, named["offsets"]
-    both = [jnp.stack([jnp.ones_like(array), array]) for array in (*stacked, *(() if offsets is None else (offsets,)))]
-    return (x, *both[:2]), dict(named, layer=jnp.int32(1), offsets=None if offsets is None else both[2])
+    (x, *stacked), zero_points = arguments, named["zero_points"]
+    both = [
+        jnp.stack([jnp.ones_like(array), array])
+        for array in (*stacked, *(() if zero_points is None else (zero_points,)))
+    ]
+    return (x, *both[:2]), dict(named, layer=jnp.int32(1), zero_points=None if zero_points is None else both[2])
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize(("packed", "offsets"), [("int4", False), ("int4", True), ("e2m1", False)])
+@pytest.mark.parametrize(("packed", "zero_points"), [("int4", False), ("int4", True), ("e2m1", False)])
 @pytest.mark.parametrize(("rows", "groups"), [(1, 4), (7, 1), (7, 4), (7, 2), (7, 32)])
-def test_packed_in_one_of_several_layers(rows, groups, packed, offsets, implementation):
-    arguments, named, weight = packed_case(rows, 33, 512, groups, packed, offsets)
+def test_packed_in_one_of_several_layers(rows, groups, packed, zero_points, implementation):
+    arguments, named, weight = packed_case(rows, 33, 512, groups, packed, zero_points)
     stacked, how = of_two_layers(arguments, named)
     found = jax.jit(quantized_matmul, static_argnames=("implementation", "packed"))(
         *stacked, **how, implementation=implementation
@@ -340,10 +343,10 @@ def test_packed_in_one_of_several_layers(rows, groups, packed, offsets, implemen
         (dict(values=jnp.zeros((4, 256), jnp.uint8)), "out, in / 2"),
         (dict(x=jnp.zeros((2, 384)), values=jnp.zeros((4, 192), jnp.uint8)), "whole blocks of 256"),
         (dict(scales=jnp.zeros((4, 3))), "groups must divide"),
-        (dict(offsets=jnp.zeros((4, 1))), "shaped as scales"),
-        (dict(offsets=jnp.zeros((4, 2), jnp.bfloat16)), "are not float32"),
-        (dict(packed="e2m1", offsets=jnp.zeros((4, 2))), 'packed="int4" alone'),
-        (dict(packed=None, values=jnp.zeros((4, 256), jnp.int8), offsets=jnp.zeros((4, 2))), 'packed="int4" alone'),
+        (dict(zero_points=jnp.zeros((4, 1))), "shaped as scales"),
+        (dict(zero_points=jnp.zeros((4, 2), jnp.bfloat16)), "are not float32"),
+        (dict(packed="e2m1", zero_points=jnp.zeros((4, 2))), 'packed="int4" alone'),
+        (dict(packed=None, values=jnp.zeros((4, 256), jnp.int8), zero_points=jnp.zeros((4, 2))), 'packed="int4" alone'),
         (dict(packed=None, values=jnp.zeros((4, 256), jnp.uint8)), "served are int8"),
     ],
 )  # fmt: skip
@@ -359,7 +362,7 @@ PACKED = [("int4", False), ("int4", True), ("e2m1", False)]
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("packed", "offsets"), PACKED)
+@pytest.mark.parametrize(("packed", "zero_points"), PACKED)
 @pytest.mark.parametrize(
     ("rows", "out", "columns", "groups", "config"),
     [
@@ -374,17 +377,17 @@ PACKED = [("int4", False), ("int4", True), ("e2m1", False)]
         (8, 128, 256, 8, Config(128, 2)),
     ],
 )
-def test_packed_kernel_against_numpy(rows, out, columns, groups, config, packed, offsets):
-    arguments, named, weight = packed_case(rows, out, columns, groups, packed, offsets)
+def test_packed_kernel_against_numpy(rows, out, columns, groups, config, packed, zero_points):
+    arguments, named, weight = packed_case(rows, out, columns, groups, packed, zero_points)
     found = quantized_matmul(*arguments, **named, implementation="pallas_interpret", config=config)
     means(weight, arguments[0], found)
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("packed", "offsets"), PACKED)
+@pytest.mark.parametrize(("packed", "zero_points"), PACKED)
 @pytest.mark.parametrize(("columns", "groups"), [(512, 1), (512, 4), (2048, 128)])
-def test_packed_kernel_reads_one_of_several_layers(columns, groups, packed, offsets):
-    arguments, named, weight = packed_case(8, 128, columns, groups, packed, offsets)
+def test_packed_kernel_reads_one_of_several_layers(columns, groups, packed, zero_points):
+    arguments, named, weight = packed_case(8, 128, columns, groups, packed, zero_points)
     stacked, how = of_two_layers(arguments, named)
     found = quantized_matmul(*stacked, **how, implementation="pallas_interpret")
     means(weight, arguments[0], found)
@@ -408,11 +411,11 @@ def test_every_code_is_multiplied_as_it_is(packed, column):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("packed", "offsets"), PACKED)
-def test_packed_kernel_has_no_races(packed, offsets):
-    arguments, named, weight = packed_case(8, 640, 512, 4, packed, offsets)
-    if offsets:
-        named = dict(named, offsets=named["offsets"][None])
+@pytest.mark.parametrize(("packed", "zero_points"), PACKED)
+def test_packed_kernel_has_no_races(packed, zero_points):
+    arguments, named, weight = packed_case(8, 640, 512, 4, packed, zero_points)
+    if zero_points:
+        named = dict(named, zero_points=named["zero_points"][None])
     found = quantized_matmul_pallas(
         arguments[0], arguments[1][None], arguments[2][None], jnp.int32(0), **named, activations=None, direct=True, exact=True,
         config=Config(128, 3), interpret=pltpu.InterpretParams(detect_races=True),

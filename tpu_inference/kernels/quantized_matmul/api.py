@@ -23,6 +23,8 @@ KERNEL_CHIPS = ("v5e", "v6e", "tpu7x")
 """Whose matrix units take float8 weights, and that have VMEM enough."""
 MULTIPLIED: Mapping[str, tuple[str | None, ...]] = {"int8": ("v5e", "v6e", None), E4M3: ("tpu7x", None)}
 """By the dtype of rounded rows, chips whose matrix units multiply it by weights of its own; None is of interpret mode."""
+FLOAT8: Mapping[str | None, str] = {"v5e": "float8_e4m3b11fnuz", "v6e": "float8_e4m3b11fnuz"}
+"""What their matrix units have, where that is not e4m3fn."""
 RESIDENT_CHIPS = ("v6e", None)
 """On which the kernel for many rows is a gain; None is of interpret mode. XLA's form is near the roofline on the others."""
 MOST_ROWS, MOST_CONVERTED_ROWS = 128, 256
@@ -41,11 +43,11 @@ def quantized_matmul(
     accumulate_dtype: Any = jnp.float32,
     layer: jax.Array | None = None,
     packed: Packed | None = None,
-    offsets: jax.Array | None = None,
+    zero_points: jax.Array | None = None,
     implementation: Implementation = "xla",
     config: Config | None = None,
 ) -> jax.Array:
-    """x w^T, where w[o, i] = values[o, i] * scales[o, i // group] - offsets[o, i // group].
+    """x w^T, where w[o, i] = (values[o, i] - zero_points[o, i // group]) * scales[o, i // group].
 
     Args:
         x: [T, in], bfloat16 or float32.
@@ -58,7 +60,7 @@ def quantized_matmul(
             read where they lie, but by the XLA form where groups are of less than `LEAST_GROUP` columns.
         packed: None, or what values' codes of four bits mean, two a byte as `pack` makes them: values are then uint8 [out, in / 2], in a multiple of
             `BLOCK`. Of "int4" the code, 0 to 15, is the value; of "e2m1" the code has its bits, and is never that of -0 (`without_minus_zero`).
-        offsets: of packed "int4" alone; float32, shaped as scales. None is 8 * scales there, and 0 elsewhere.
+        zero_points: of packed "int4" alone; float32, shaped as scales. None is 8 there, and 0 elsewhere.
         implementation: "xla", "reference", "pallas" (TPU) or "pallas_interpret" (any device). One kernel is for few rows and one for whole
             thousands; "pallas" takes them where `form_of` says so and is the XLA form elsewhere. `implementation_for` a device also tells the chip.
         config: blocks of the kernel for few rows; None for those tuned for the shape and chip, else the heuristic's.
@@ -69,12 +71,12 @@ def quantized_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
-    arrays, several, index = (values, scales, offsets), layer is not None, jnp.int32(0) if layer is None else layer
+    arrays, several, index = (values, scales, zero_points), layer is not None, jnp.int32(0) if layer is None else layer
     stacked = arrays if several else tuple(array if array is None else array[None] for array in arrays)
     of_one = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for array in stacked[:2]]
     _check(x, *of_one, activations, implementation, packed)
-    if offsets is not None:
-        _check_offsets(offsets, scales, packed)
+    if zero_points is not None:
+        _check_zero_points(zero_points, scales, packed)
     if activations == E4M3 and implementation != "reference" and not multiplies(E4M3, implementation):
         rounded, row_scales = round_rows(x, E4M3)  # numbers that x's dtype has
         product = quantized_matmul(
@@ -90,17 +92,17 @@ def quantized_matmul(
                 x, *stacked[:2], index, activations=activations, interpret=_INTERPRET[form]
             )
         return quantized_matmul_pallas(
-            x, *stacked[:2], index, packed=packed, offsets=stacked[2],
+            x, *stacked[:2], index, packed=packed, zero_points=stacked[2], unpacked=FLOAT8.get(chip, E4M3),
             activations=activations, direct=values.dtype != jnp.int8, exact=activations is None or chip in MULTIPLIED[activations],
             config=config or config_for(ShapeKey.of(x, values, groups, activations, packed), chip), interpret=_INTERPRET[form],
         )  # fmt: skip
     how: dict[str, Any] = dict(activations=activations, accumulate_dtype=accumulate_dtype, packed=packed)
     if form == "xla":
-        return quantized_matmul_xla(x, values, scales, offsets=offsets, layer=layer, **how)
-    values, scales, offsets = (
+        return quantized_matmul_xla(x, values, scales, zero_points=zero_points, layer=layer, **how)
+    values, scales, zero_points = (
         array if array is None else jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in stacked
     )
-    return quantized_matmul_reference(x, values, scales, offsets=offsets, **how)
+    return quantized_matmul_reference(x, values, scales, zero_points=zero_points, **how)
 
 
 def form_of(
@@ -183,10 +185,10 @@ def _check_packed(x: Any, values: Any, activations: str | None, packed: str) -> 
         raise ValueError(f"{x.shape[1]} columns are not whole blocks of {BLOCK}, which packed values come in")
 
 
-def _check_offsets(offsets: Any, scales: Any, packed: str | None) -> None:
+def _check_zero_points(zero_points: Any, scales: Any, packed: str | None) -> None:
     if packed != "int4":
-        raise ValueError(f'offsets are served with packed="int4" alone, not {packed!r}')
-    if offsets.shape != scales.shape or offsets.dtype != jnp.float32:
+        raise ValueError(f'zero points are served with packed="int4" alone, not {packed!r}')
+    if zero_points.shape != scales.shape or zero_points.dtype != jnp.float32:
         raise ValueError(
-            f"offsets {offsets.dtype}{list(offsets.shape)} are not float32, shaped as scales {scales.shape}"
+            f"zero points {zero_points.dtype}{list(zero_points.shape)} are not float32, shaped as scales {scales.shape}"
         )

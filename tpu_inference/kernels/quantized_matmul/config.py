@@ -70,13 +70,13 @@ class ShapeKey:
         return "_".join(filter(None, parts))
 
     def vmem_bytes(self, config: Config) -> int:
-        """Of the weights' slots, x and what is made of it, scales and offsets, and the output; all of them whole tiles."""
+        """Of the weights' slots, x and what is made of it, scales and zero points, and the output; all of them whole tiles."""
         rows, groups = -(-self.rows // 16) * 16, -(-self.groups // 8) * 8
         copies = LANES * self.groups // self.columns  # of x, for groups within a tile
         x = 2 * rows * self.columns * (1 + (copies if copies > 1 else self.activations is not None))
         if self.dtype == "int4":
             x += 4 * rows * -(-self.groups // LANES) * LANES
-            groups *= 2  # offsets
+            groups *= 2  # zero points
         blocks = config.slots * config.block_out * self.byte_columns
         return blocks + x + (4 * groups + 2 * rows) * (self.out + config.block_out) + 4 * rows * config.block_out
 

@@ -4,10 +4,10 @@
 Nothing is left to Pallas's own pipeline, which would wait for small operands before the first weights are asked for. The last block is multiplied in
 two parts of its columns, so that little is left to be done once the last bytes have come.
 
-The matrix units of v5e, v6e and tpu7x take float8 weights beside bfloat16 rows as they are (the compiler has e4m3fn go in as e4m3b11fnuz, sixteen
-times smaller, which loses nothing but NaN); int8 is converted before. Codes of four bits become bytes of e4m3 by bits alone, and numbers `UNIT` times
-smaller than meant, which scales make up for: a code of int4 as it is, since the first sixteen of e4m3 are as far apart as its subnormal ones, and the
-bits of e2m1 one by one.
+The matrix units of v5e, v6e and tpu7x take float8 weights beside bfloat16 rows as they are; int8 is converted before. Those of v5e and v6e read
+e4m3fn as e4m3b11fnuz, sixteen times smaller and with NaN for -0: the compiler multiplies every product by 16 and looks for -0 in every byte. Codes of
+four bits, which never mean -0, become bytes of the format that the matrix unit has, by bits alone, and numbers `UNIT` times what is meant, for which
+scales make up: a code of int4 is such a byte as it is, since the first sixteen numbers of e4m3 are as far apart as its subnormal ones.
 """
 
 import math
@@ -22,16 +22,19 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tpu_inference.kernels.quantized_matmul.config import LANES, MIB, Config, ShapeKey
+from tpu_inference.kernels.quantized_matmul.config import LANES, MIB, WIDTH, Config, ShapeKey
 from tpu_inference.kernels.quantized_matmul.packing import BLOCK, ZERO
-from tpu_inference.kernels.quantized_matmul.reference import E4M3, HIGHEST, round_rows
+from tpu_inference.kernels.quantized_matmul.reference import E4M3, round_rows
 
 NAME = "quantized_matmul"
 SPARE_VMEM_BYTES = 4 * MIB
 """For what the compiler keeps beside the buffers."""
 LAST_PARTS = 2
-UNIT = {"int4": 2.0**-9, "e2m1": 2.0**-6, None: 1.0}
-"""What 1 of packed values is as e4m3."""
+UNIT = {
+    ("int4", "float8_e4m3fn"): 2.0**-9, ("int4", "float8_e4m3b11fnuz"): 2.0**-13,
+    ("e2m1", "float8_e4m3fn"): 2.0**-6, ("e2m1", "float8_e4m3b11fnuz"): 2.0**-10,
+}  # fmt: skip
+"""What 1 of packed values is in a format."""
 SUMMED_COLUMNS = 1024
 """Of x, whose sums over groups are made at a time."""
 
@@ -51,8 +54,14 @@ class Blocked:
     direct: bool
     """Whether values go into the matrix units as they are."""
     packed: str | None = None
-    offsets: bool = False
+    zero_points: bool = False
     """Whether they are given."""
+    unpacked: str = "float8_e4m3fn"
+    """What packed values become."""
+
+    @property
+    def unit(self) -> float:
+        return UNIT[self.packed, self.unpacked] if self.packed else 1.0
 
     @property
     def byte_columns(self) -> int:
@@ -81,6 +90,11 @@ class Blocked:
         """Groups within the lanes of a tile: x is multiplied once for each, with the other groups' columns zero."""
         return max(1, LANES // self.per_group)
 
+    def pieces(self, size: int) -> list[slice]:
+        """Rows of a block that are multiplied at a time. Packed blocks have twice as many, whose sums over groups vector registers do not hold."""
+        step = WIDTH if self.packed and self.groups > 1 else size
+        return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
     def parts(self) -> list[slice]:
         """Columns of the parts of the last block; whole groups."""
         unit = max(self.per_group, LANES) if self.groups > 1 else LANES
@@ -98,14 +112,14 @@ class _Refs:
 
     def __init__(self, blocked: Blocked, layer: Any, x: Any, values: Any, *others: Any) -> None:
         self.blocked, self.layer = blocked, layer[0]
-        of_groups, (out, *scratch) = others[: 1 + blocked.offsets], others[1 + blocked.offsets :]
+        of_groups, (out, *scratch) = others[: 1 + blocked.zero_points], others[1 + blocked.zero_points :]
         self.hbm = (x, values, of_groups, out)
         self.x, self.ring, self.out, self.arrived, self.last_arrived, self.small, self.written = scratch[:7]
         self.of_groups, self.prepared = scratch[7 : 7 + len(of_groups)], scratch[7 + len(of_groups) :]
         self.scales = self.of_groups[0]
 
     def fetch_small(self) -> tuple[Any, list[Any]]:
-        """x; scales and offsets."""
+        """x; scales and zero points."""
         layer, pairs = 0 if self.blocked.sliced else self.layer, zip(self.hbm[2], self.of_groups, strict=True)
         return pltpu.make_async_copy(self.hbm[0], self.x, self.small.at[0]), [
             pltpu.make_async_copy(source.at[layer], target, self.small.at[1 + i])
@@ -154,7 +168,11 @@ def _prepare(refs: _Refs) -> None:
         for i in range(blocked.copies):
             copies[i] = jnp.where(of_group == i, refs.x[...], 0)
     if blocked.packed == "int4":
-        refs.prepared[-1][...] = _sums(refs)
+        sums = _sums(refs)
+        if blocked.groups > 1:
+            high, low = _parts(sums)
+            sums = jnp.concatenate([high, high, low], axis=1).astype(jnp.bfloat16)
+        refs.prepared[-1][...] = sums
 
 
 def _sums(refs: _Refs) -> Any:
@@ -172,14 +190,14 @@ def _sums(refs: _Refs) -> Any:
     return total
 
 
-def _e4m3(weight: Any, columns: range, packed: str) -> Any:
+def _unpacked(weight: Any, columns: range, blocked: Blocked) -> Any:
     """[outputs, columns] of packed weights, `UNIT` times what they mean; columns are whole tiles."""
     tiles = []
     for start in columns[::LANES]:
         first = start // BLOCK * LANES
         words = pltpu.bitcast(weight[:, first : first + LANES], jnp.uint32)
-        tiles.append(_BYTES[packed][start // LANES % 2](words))
-    return pltpu.bitcast(jnp.concatenate(tiles, axis=1), jnp.float8_e4m3fn)
+        tiles.append(_BYTES[blocked.packed][start // LANES % 2](words))
+    return pltpu.bitcast(jnp.concatenate(tiles, axis=1), blocked.unpacked)
 
 
 _EACH = np.uint32(0x01010101)
@@ -207,7 +225,7 @@ def _product(refs: _Refs, weight: Any, columns: slice, outputs: Any) -> Any:
 
     def of(start: int, stop: int) -> Any:
         if blocked.packed:
-            return _e4m3(weight, range(start - columns.start, stop - columns.start), blocked.packed)
+            return _unpacked(weight, range(start - columns.start, stop - columns.start), blocked)
         return weight[:, start - columns.start : stop - columns.start]
 
     if blocked.groups == 1:
@@ -219,30 +237,38 @@ def _product(refs: _Refs, weight: Any, columns: slice, outputs: Any) -> Any:
         tile = of(part.start, part.stop)
         for i in range(blocked.copies):
             x = refs.prepared[0][i, :, part] if blocked.copies > 1 else refs.x[:, part]
-            scale = refs.scales[pl.ds(start // blocked.per_group + i, 1), outputs] / UNIT[blocked.packed]
+            scale = refs.scales[pl.ds(start // blocked.per_group + i, 1), outputs] / blocked.unit
             product = _dot(x, tile, blocked.direct) * scale
             total = product if total is None else total + product
     return total
 
 
 def _finish(refs: _Refs, product: Any, outputs: Any) -> Any:
-    """Scaled by what all columns share, less offsets, in the output's dtype."""
+    """Scaled by what all columns share, less zero points, in the output's dtype."""
     blocked, product = refs.blocked, product.astype(jnp.float32)
     if blocked.rounds:
         product = product * refs.prepared[1][...]
     if blocked.groups == 1:
-        product = product * (refs.scales[:, outputs] / UNIT[blocked.packed])
+        product = product * (refs.scales[:, outputs] / blocked.unit)
     if blocked.packed == "int4":
-        offsets = refs.of_groups[1][:, outputs] if blocked.offsets else ZERO * refs.scales[:, outputs]
-        product = product - _corrections(refs.prepared[-1][...], offsets)
+        zero_points = refs.of_groups[1][:, outputs] if blocked.zero_points else ZERO
+        product = product - _corrections(refs.prepared[-1][...], zero_points * refs.scales[:, outputs])
     return product.astype(refs.out.dtype)
 
 
 def _corrections(sums: Any, offsets: Any) -> Any:
-    """float32 [rows, outputs]."""
-    if sums.shape[1] == 1:
+    """float32 [rows, outputs], but for 2^-16: the products of both numbers' high parts, and of high and low ones, in a single one of bfloat16."""
+    if offsets.shape[0] == 1:
         return sums * offsets
-    return jnp.dot(sums, offsets, precision=HIGHEST, preferred_element_type=jnp.float32)
+    high, low = _parts(offsets)
+    stacked = jnp.concatenate([high, low, high], axis=0).astype(jnp.bfloat16)
+    return jnp.dot(sums, stacked, preferred_element_type=jnp.float32)
+
+
+def _parts(numbers: Any) -> tuple[Any, Any]:
+    """float32 numbers that bfloat16 has, which make up all but 2^-16 of these."""
+    high = numbers.astype(jnp.bfloat16).astype(jnp.float32)
+    return high, numbers - high
 
 
 def _body(*arguments: Any, blocked: Blocked) -> None:
@@ -276,10 +302,12 @@ def _body(*arguments: Any, blocked: Blocked) -> None:
                     copy.start()
 
         refs.fetch(block).wait()
-        outputs = pl.ds(pl.multiple_of(block * blocked.block, LANES), blocked.block)
-        weight = refs.ring[jax.lax.rem(block, blocked.slots)]
-        product = _product(refs, weight, slice(0, blocked.columns), outputs)
-        refs.out[block] = _finish(refs, product, outputs)
+        for piece in blocked.pieces(blocked.block):
+            size = piece.stop - piece.start
+            outputs = pl.ds(pl.multiple_of(block * blocked.block + piece.start, LANES), size)
+            weight = refs.ring[jax.lax.rem(block, blocked.slots), piece]
+            product = _product(refs, weight, slice(0, blocked.columns), outputs)
+            refs.out[block, :, piece] = _finish(refs, product, outputs)
         refs.write(block, blocked.block).start()
 
     outputs, total = pl.ds(last * blocked.block, blocked.last), None
@@ -294,7 +322,7 @@ def _body(*arguments: Any, blocked: Blocked) -> None:
     refs.all_written().wait()
 
 
-@partial(jax.jit, static_argnames=("activations", "direct", "exact", "config", "packed", "interpret"))
+@partial(jax.jit, static_argnames=("activations", "direct", "exact", "config", "packed", "unpacked", "interpret"))
 def quantized_matmul_pallas(
     x: jax.Array,
     values: jax.Array,
@@ -306,22 +334,35 @@ def quantized_matmul_pallas(
     exact: bool,
     config: Config,
     packed: str | None = None,
-    offsets: jax.Array | None = None,
+    unpacked: str = "float8_e4m3fn",
+    zero_points: jax.Array | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """As the op, with values [layers, out, in] and scales [layers, out, groups], packed ones and offsets likewise.
+    """As the op, with values [layers, out, in] and scales [layers, out, groups], packed ones and zero points likewise.
 
     Args:
         direct: whether values go into the matrix units as they are, or unpacked; not int8.
         exact: whether rounded rows are multiplied as they are; else, of int8, in x's dtype, which has their numbers, and summed in float32.
+        unpacked: the format of float8 that the matrix unit has, which packed values become.
     """
     (rows, columns), (_, out, groups) = x.shape, scales.shape
     config = config.within(out)
     rounds = activations and (activations if exact else x.dtype.name)
-    has_offsets = offsets is not None
-    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, rounds, direct, packed, has_offsets)
+    blocked = Blocked(
+        rows,
+        out,
+        columns,
+        groups,
+        config.block_out,
+        config.slots,
+        rounds,
+        direct,
+        packed,
+        zero_points is not None,
+        unpacked,
+    )
     key = ShapeKey.of(x, values, groups, activations, packed)
-    of_groups = (scales,) if offsets is None else (scales, offsets)
+    of_groups = (scales,) if zero_points is None else (scales, zero_points)
     if blocked.sliced:
         of_groups = tuple(jax.lax.dynamic_index_in_dim(array, layer, keepdims=True) for array in of_groups)
     scratch = [
@@ -350,7 +391,8 @@ def _prepared(blocked: Blocked, dtype: Any) -> list[Any]:
     if blocked.copies > 1:
         found.append(pltpu.VMEM((blocked.copies, rows, blocked.columns), dtype))
     if blocked.packed == "int4":
-        found.append(pltpu.VMEM((rows, blocked.groups), jnp.float32))
+        sums = ((rows, 3 * blocked.groups), jnp.bfloat16) if blocked.groups > 1 else ((rows, 1), jnp.float32)
+        found.append(pltpu.VMEM(*sums))
     return found
 
 

@@ -17,7 +17,7 @@ BLOCK = 256
 """Columns whose codes lie in neighbouring bytes."""
 HALF = BLOCK // 2
 ZERO = 8
-"""The code of 0 of "int4", where no offsets say otherwise."""
+"""The code of 0 of "int4", where no zero points say otherwise."""
 _MINUS_ZERO = 8
 
 

@@ -17,12 +17,12 @@ def dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
     return values.astype(jnp.float32) * jnp.repeat(scales, values.shape[1] // scales.shape[1], axis=1)
 
 
-def dequantize_packed(values: jax.Array, scales: jax.Array, packed: str, offsets: jax.Array | None) -> jax.Array:
+def dequantize_packed(values: jax.Array, scales: jax.Array, packed: str, zero_points: jax.Array | None) -> jax.Array:
     """float32 [out, in] of uint8 [out, in / 2]."""
     codes = unpack(values)
-    if offsets is None:
+    if zero_points is None:
         return dequantize(numbers(codes, packed), scales)
-    return dequantize(codes, scales) - jnp.repeat(offsets, codes.shape[1] // offsets.shape[1], axis=1)
+    return dequantize(codes - jnp.repeat(zero_points, codes.shape[1] // zero_points.shape[1], axis=1), scales)
 
 
 def round_rows(x: jax.Array, dtype: str = "int8") -> tuple[jax.Array, jax.Array]:
@@ -40,7 +40,7 @@ def quantized_matmul_reference(
     activations: str | None,
     accumulate_dtype: Any,
     packed: str | None = None,
-    offsets: jax.Array | None = None,
+    zero_points: jax.Array | None = None,
 ) -> jax.Array:
     """See `quantized_matmul`; everything in float32."""
     del accumulate_dtype
@@ -48,5 +48,5 @@ def quantized_matmul_reference(
     if activations:
         rounded, row_scales = round_rows(x, activations)
         rows = rounded.astype(jnp.float32) * row_scales
-    weight = dequantize_packed(values, scales, packed, offsets) if packed else dequantize(values, scales)
+    weight = dequantize_packed(values, scales, packed, zero_points) if packed else dequantize(values, scales)
     return jnp.dot(rows, weight.T, precision=HIGHEST).astype(x.dtype)

@@ -32,7 +32,7 @@ class Spec:
     """A dtype, or what packed values are."""
     activations: str | None = None
     groups: int = 1
-    offsets: bool = False
+    zero_points: bool = False
     donated: tuple[int, ...] = ()
     chips: tuple[str, ...] = ()
 
@@ -40,8 +40,8 @@ class Spec:
     def about(self) -> str:
         rounded = f", {self.activations} activations" if self.activations else ""
         groups = f", groups of {self.columns // self.groups}" if self.groups > 1 else ""
-        offsets = " with offsets" if self.offsets else ""
-        return f"{self.rows} rows by {self.out} x {self.columns} of {self.values}{groups}{offsets}{rounded}"
+        zero_points = " with zero points" if self.zero_points else ""
+        return f"{self.rows} rows by {self.out} x {self.columns} of {self.values}{groups}{zero_points}{rounded}"
 
     @property
     def packed(self) -> Packed | None:
@@ -62,7 +62,7 @@ class Spec:
         return self.activations or "bfloat16"
 
     def arguments(self, device: jax.Device | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """x, values, scales, layer, and offsets where they are given."""
+        """x, values, scales, layer, and zero points where they are given."""
         del device
         shape, dtype = self.weight
         of_groups = jax.ShapeDtypeStruct((self.layers, self.out, self.groups), jnp.float32)
@@ -71,7 +71,7 @@ class Spec:
             jax.ShapeDtypeStruct((self.layers, *shape), dtype),
             of_groups,
             jax.ShapeDtypeStruct((), jnp.int32),
-            *[of_groups] * self.offsets,
+            *[of_groups] * self.zero_points,
         )
 
     @property
@@ -85,8 +85,8 @@ class Spec:
 
     @property
     def useful_bytes(self) -> int:
-        """x, values, scales and offsets once, and the output."""
-        weights = math.prod(self.weight[0]) + 4 * self.out * self.groups * (1 + self.offsets)
+        """x, values, scales and zero points once, and the output."""
+        weights = math.prod(self.weight[0]) + 4 * self.out * self.groups * (1 + self.zero_points)
         return weights + 2 * self.rows * (self.columns + self.out)
 
     def function(self, device: jax.Device, config: Any = None) -> Callable:
@@ -94,11 +94,11 @@ class Spec:
         form = implementation_for(device)
 
         def call(
-            x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array, *offsets: jax.Array
+            x: jax.Array, values: jax.Array, scales: jax.Array, layer: jax.Array, *zero_points: jax.Array
         ) -> jax.Array:
             return quantized_matmul(
                 x, values, scales, layer=layer, activations=self.activations, implementation=form, config=config,
-                packed=self.packed, offsets=offsets[0] if offsets else None,
+                packed=self.packed, zero_points=zero_points[0] if zero_points else None,
             )  # fmt: skip
 
         return call
@@ -129,17 +129,22 @@ _KINDS: Mapping[str, tuple[Any, ...]] = {
 """Values, activations, and columns of a group where there are several."""
 _WIDE = ("8b_gate_up", "70b_down")
 _PACKED: Mapping[str, tuple[Any, ...]] = {
-    "int4_g128": ("int4", None, 128), "int4_offsets_g128": ("int4", None, 128, True), "int4": ("int4", None), "e2m1_g32": ("e2m1", None, 32),
+    "int4_g128": ("int4", None, 128), "int4_zeros_g128": ("int4", None, 128, True), "int4": ("int4", None), "e2m1_g32": ("e2m1", None, 32),
     "e2m1_g16": ("e2m1", None, 16),
 }  # fmt: skip
-"""The same of packed values, and whether offsets are given."""
+"""The same of packed values, and whether zero points are given."""
 _OF_FEW_SHAPES = ("e5m2", "e4m3_g128", "int8_g128", "int8_g64", "int8_g32")
 
 
 def _spec(
-    rows: int, sizes: tuple[int, int], values: str, activations: str | None, per_group: int = 0, offsets: bool = False
+    rows: int,
+    sizes: tuple[int, int],
+    values: str,
+    activations: str | None,
+    per_group: int = 0,
+    zero_points: bool = False,
 ) -> Spec:
-    return Spec(rows, *sizes, values, activations, sizes[1] // per_group if per_group else 1, offsets)
+    return Spec(rows, *sizes, values, activations, sizes[1] // per_group if per_group else 1, zero_points)
 
 
 def drawn(source: random.Random) -> Spec:

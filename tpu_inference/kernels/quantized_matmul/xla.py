@@ -28,14 +28,14 @@ def quantized_matmul_xla(
     accumulate_dtype: Any,
     layer: jax.Array | None = None,
     packed: str | None = None,
-    offsets: jax.Array | None = None,
+    zero_points: jax.Array | None = None,
 ) -> jax.Array:
     """See `quantized_matmul`."""
     if layer is None:
         values, scales, layer = values[None], scales[None], jnp.int32(0)
-        offsets = None if offsets is None else offsets[None]
+        zero_points = None if zero_points is None else zero_points[None]
     if packed:
-        corrections = None if offsets is None else offsets[layer] - ZERO * scales[layer]
+        corrections = None if zero_points is None else (zero_points[layer] - ZERO) * scales[layer]
         return _packed(x, values, scales[layer], corrections, layer, packed, accumulate_dtype)
     scales, groups, columns = scales[layer], scales.shape[2], values.shape[2]
     if groups > 1 and x.shape[0] <= MOST_ROWS_BY_GROUP and columns // groups >= LEAST_GROUP:

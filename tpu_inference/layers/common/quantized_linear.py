@@ -40,12 +40,12 @@ def quantized_product(
         implementation=implementation_for(mesh.devices.flat[0]),
     )
     if mesh.size == 1:
-        return multiply(x, values, scales, offsets=None if zero_points is None else zero_points * scales, layer=layer)
+        return multiply(x, values, scales, zero_points=zero_points, layer=layer)
 
     def of_shard(
         x: jax.Array, values: jax.Array, scales: jax.Array, zero_points: jax.Array | None, layer: jax.Array | None
     ) -> jax.Array:
-        y = multiply(x, values, scales, offsets=None if zero_points is None else zero_points * scales, layer=layer)
+        y = multiply(x, values, scales, zero_points=zero_points, layer=layer)
         return y if columns is None else jax.lax.psum(y.astype(accumulate_dtype), columns).astype(x.dtype)
 
     stacked = () if layer is None else (None,)
