@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as mosaic_int
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Form
-from tpu_inference.kernels.quantized_matmul import pack, quantized_matmul, unpack, without_minus_zero
+from tpu_inference.kernels.quantized_matmul import KINDS, pack, quantized_matmul, unpack, without_minus_zero
 from tpu_inference.kernels.quantized_matmul.api import KERNEL_CHIPS, form_of, most_rows
 from tpu_inference.kernels.quantized_matmul.config import MOST_VMEM_BYTES, Config, ShapeKey, heuristic
 from tpu_inference.kernels.quantized_matmul.kernel import Blocked, quantized_matmul_pallas
@@ -160,55 +160,63 @@ def test_kernel_for_many_rows(rows, out, dtype, activations):
     out=st.integers(1, 250),
     columns=st.integers(1, 250),
     per_group=st.sampled_from([0, 32, 64, 128, 256]),
-    values=st.sampled_from(["int8", "float8_e4m3fn", "float8_e5m2"]),
+    values=st.sampled_from(["int8", "float8_e4m3fn", "float8_e5m2", "int4", "e2m1"]),
     activations=st.sampled_from([None, "int8"]),
     chip=st.sampled_from(KERNEL_CHIPS),
 )
 @settings(max_examples=200, deadline=None)
 def test_the_heuristic_serves_any_shape(rows, out, columns, per_group, values, activations, chip):
     """Of whole lanes: what it says fits into VMEM, and the parts of the last block are whole groups."""
-    out, columns = 128 * out, 128 * columns
+    packed = values if values in KINDS else None
+    out, columns = 128 * out, 128 * (columns + columns % 2 if packed else columns)
     groups = columns // per_group if per_group and columns % per_group == 0 else 1
     activations = activations if groups == 1 and values == "int8" else None
-    x, weights = jax.ShapeDtypeStruct((rows, columns), "bfloat16"), jax.ShapeDtypeStruct((out, columns), values)
-    key = ShapeKey.of(x, weights, groups, activations)
+    x = jax.ShapeDtypeStruct((rows, columns), "bfloat16")
+    weights = jax.ShapeDtypeStruct(*(((out, columns // 2), "uint8") if packed else ((out, columns), values)))
+    key = ShapeKey.of(x, weights, groups, activations, packed)
     config = heuristic(key, chip)
     assert config == config.within(out) and config.block_out % 128 == 0 and config.slots >= 2
     form = form_of(
-        x, weights, jax.ShapeDtypeStruct((out, groups), "float32"), activations=activations, implementation=Form("pallas", chip)
+        x, weights, jax.ShapeDtypeStruct((out, groups), "float32"), activations=activations, implementation=Form("pallas", chip), packed=packed,
     )  # fmt: skip
     assert (form == "pallas") == (
         rows <= most_rows(weights.dtype, groups) and key.vmem_bytes(config) <= MOST_VMEM_BYTES
     )
-    if rows <= 64 and groups <= columns // 128 and (groups == 1 or out * columns <= 2**29):
+    largest = 2**28 if values == "int4" else 2**29  # which has room for offsets too
+    if rows <= 64 and groups <= columns // 128 and (groups == 1 or out * columns <= largest):
         assert form == "pallas", "no product of a model is too large"
-    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, None, True)
+    blocked = Blocked(rows, out, columns, groups, config.block_out, config.slots, None, True, packed)
     assert 0 < blocked.last <= config.block_out and blocked.last % 128 == 0
     parts = blocked.parts()
     assert [parts[0].start, parts[-1].stop] == [0, columns]
     assert all(
         part.stop > part.start and part.start % max(128, columns // groups if groups > 1 else 0) == 0 for part in parts
     )
+    pieces = blocked.pieces(blocked.block)
+    assert [row for piece in pieces for row in range(piece.start, piece.stop)] == list(range(blocked.block))
+    assert not packed or all(part.start % 256 == 0 for part in parts), "no byte is cut"
 
 
 def test_where_the_kernel_runs():
     def form(
-        rows=8, columns=4096, out=256, groups=1, values="float8_e4m3fn", chip="v6e", x="bfloat16", activations=None
-    ):
-        arrays = ((rows, columns), x), ((out, columns), values), ((out, groups), "float32")
+        rows=8, columns=4096, out=256, groups=1, values="float8_e4m3fn", chip="v6e", x="bfloat16", activations=None, packed=None
+    ):  # fmt: skip
+        weight = ((out, columns // 2), "uint8") if packed else ((out, columns), values)
+        arrays = ((rows, columns), x), weight, ((out, groups), "float32")
         abstract = [jax.ShapeDtypeStruct(*array) for array in arrays]
-        return form_of(*abstract, activations=activations, implementation=Form("pallas", chip))
+        return form_of(*abstract, activations=activations, implementation=Form("pallas", chip), packed=packed)
 
     ours = (
         dict(), dict(chip="v5e"), dict(chip="tpu7x"), dict(values="int8"), dict(values="int8", activations="int8"), dict(groups=32),
         dict(groups=128), dict(rows=1024), dict(rows=4096, out=2560, values="int8", activations="int8"),
     )  # fmt: skip
     assert {form(**mine) for mine in ours} == {"pallas"}
+    assert {form(packed=kind, rows=256, groups=groups) for kind in KINDS for groups in (1, 32, 128)} == {"pallas"}
     others = (
         dict(chip="v4"), dict(chip=None), dict(rows=512), dict(rows=1536), dict(rows=1024, chip="v5e"), dict(rows=1024, groups=2),
         dict(rows=1024, out=384), dict(rows=1024, out=2048, values="int8", activations="int8"), dict(rows=1024, out=2**15),
         dict(columns=4160), dict(out=200), dict(x="float32"),
-        dict(columns=3 * 128, groups=4), dict(columns=2**20),
+        dict(columns=3 * 128, groups=4), dict(columns=2**20), dict(packed="int4", rows=1024), dict(packed="e2m1", chip="v4"),
     )  # fmt: skip
     assert {form(**other) for other in others} == {"xla"}
 
@@ -254,6 +262,7 @@ def means(weight, x, found, bound=2**-7):
 
 
 @given(blocks=st.integers(1, 4), lead=st.lists(st.integers(1, 3), max_size=2), seed=st.integers(0, 99))
+@settings(deadline=None)
 def test_codes_come_back(blocks, lead, seed):
     codes = np.random.default_rng(seed).integers(0, 16, (*lead, 256 * blocks), np.uint8)
     packed = pack(codes)
@@ -362,8 +371,22 @@ PACKED = [("int4", False), ("int4", True), ("e2m1", False)]
 )
 def test_packed_kernel_against_numpy(rows, out, columns, groups, config, packed, offsets):
     arguments, named, weight = packed_case(rows, out, columns, groups, packed, offsets)
-    found = quantized_matmul(*arguments, **named, implementation="pallas_interpret", config=config)
+    implementation = Form("pallas_interpret", "v6e" if groups % 2 else None)
+    found = quantized_matmul(*arguments, **named, implementation=implementation, config=config)
     means(weight, arguments[0], found)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("offsets", [False, True])
+def test_offsets_weigh_no_less_where_rows_have_a_mean(offsets):
+    """Codes are far from 0, and offsets undo most of what they sum to."""
+    (_, values, scales), named, weight = packed_case(8, 128, 2048, 16, "int4", offsets)
+    x = jnp.asarray(3 + np.random.default_rng(0).standard_normal((8, 2048)), jnp.bfloat16)
+    found = quantized_matmul(x, values, scales, **named, implementation="pallas_interpret")
+    expected = np.asarray(x, np.float32) @ weight.T
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), expected, rtol=2**-8, atol=np.abs(expected).mean() * 2**-9
+    )
 
 
 @pytest.mark.interpret
@@ -379,14 +402,16 @@ def test_packed_kernel_reads_one_of_several_layers(columns, groups, packed, offs
 @pytest.mark.interpret
 @pytest.mark.parametrize("packed", ["int4", "e2m1"])
 @pytest.mark.parametrize("column", [3, 128 + 3])
-def test_every_code_is_multiplied_as_it_is(packed, column):
-    """From either nibble."""
+@pytest.mark.parametrize("chip", ["v6e", "tpu7x"])
+def test_every_code_is_multiplied_as_it_is(packed, column, chip):
+    """From either nibble, in either format of float8."""
     codes = np.full((128, 256), {"int4": 8, "e2m1": 0}[packed], np.uint8)
     codes[:16, column] = np.arange(16)
     codes = without_minus_zero(codes) if packed == "e2m1" else codes
     x = jnp.zeros((8, 256), jnp.bfloat16).at[0, column].set(1)
+    implementation = Form("pallas_interpret", chip)
     found = quantized_matmul(
-        x, jnp.asarray(pack(codes)), jnp.ones((128, 1)), packed=packed, implementation="pallas_interpret"
+        x, jnp.asarray(pack(codes)), jnp.ones((128, 1)), packed=packed, implementation=implementation
     )
     expected = {"int4": np.arange(16) - 8, "e2m1": E2M1}[packed]
     np.testing.assert_array_equal(found[0, :16].astype(jnp.float32), expected)

@@ -7,7 +7,7 @@ two parts of its columns, so that little is left to be done once the last bytes 
 The matrix units of v5e, v6e and tpu7x take float8 weights beside bfloat16 rows as they are; int8 is converted before. Those of v5e and v6e read
 e4m3fn as e4m3b11fnuz, sixteen times smaller and with NaN for -0: the compiler multiplies every product by 16 and looks for -0 in every byte. Codes of
 four bits, which never mean -0, become bytes of the format that the matrix unit has, by bits alone, and numbers `UNIT` times what is meant, for which
-scales make up: a code of int4 is such a byte as it is, since the first sixteen numbers of e4m3 are as far apart as its subnormal ones.
+the products make up: a code of int4 is such a byte as it is, since the first sixteen numbers of e4m3 are as far apart as its subnormal ones.
 """
 
 import math
@@ -58,10 +58,6 @@ class Blocked:
     """Whether they are given."""
     unpacked: str = "float8_e4m3fn"
     """What packed values become."""
-
-    @property
-    def unit(self) -> float:
-        return UNIT[self.packed, self.unpacked] if self.packed else 1.0
 
     @property
     def byte_columns(self) -> int:
@@ -237,7 +233,7 @@ def _product(refs: _Refs, weight: Any, columns: slice, outputs: Any) -> Any:
         tile = of(part.start, part.stop)
         for i in range(blocked.copies):
             x = refs.prepared[0][i, :, part] if blocked.copies > 1 else refs.x[:, part]
-            scale = refs.scales[pl.ds(start // blocked.per_group + i, 1), outputs] / blocked.unit
+            scale = refs.scales[pl.ds(start // blocked.per_group + i, 1), outputs]
             product = _dot(x, tile, blocked.direct) * scale
             total = product if total is None else total + product
     return total
@@ -248,8 +244,10 @@ def _finish(refs: _Refs, product: Any, outputs: Any) -> Any:
     blocked, product = refs.blocked, product.astype(jnp.float32)
     if blocked.rounds:
         product = product * refs.prepared[1][...]
+    if blocked.packed:
+        product = product * (1 / UNIT[blocked.packed, blocked.unpacked])
     if blocked.groups == 1:
-        product = product * (refs.scales[:, outputs] / blocked.unit)
+        product = product * refs.scales[:, outputs]
     if blocked.packed == "int4":
         offsets = refs.of_groups[1][:, outputs] if blocked.offsets else ZERO * refs.scales[:, outputs]
         product = product - _corrections(refs.prepared[-1][...], offsets)
