@@ -146,6 +146,32 @@ def test_base_name(name):
     assert base_name(name) == "paged_decode"
 
 
+def test_bodies_list_the_same_in_any_order():
+    text = """
+%first (a: s32[], b: s32[]) -> pred[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %less = pred[] compare(%a, %b), direction=DIRECTION
+}
+
+%second (d: s32[], c: s32[]) -> pred[] {
+  %d = s32[] parameter(1)
+  %c = s32[] parameter(0)
+  ROOT %less.2 = pred[] compare(%c, %d), direction=LT
+}
+
+ENTRY %main (x: s32[64]) -> s32[64] {
+  %x = s32[64]{0} parameter(0)
+  %sort.1 = s32[64]{0} sort(%x), dimensions={0}, to_apply=%first
+  ROOT %sort.2 = s32[64]{0} sort(%sort.1), dimensions={0}, to_apply=%second
+}
+"""
+    found = [Module.parse(text.replace("DIRECTION", direction)) for direction in ("LT", "GT")]
+    signatures = [[module.signature(module.operations[f"sort.{i}"]) for i in (1, 2)] for module in found]
+    assert signatures[0][0] == signatures[0][1]
+    assert signatures[1][0] != signatures[1][1]
+
+
 def recorded(module, *names):
     return Recorded(module, {name: Schedule(EMPTY, "") for name in names})
 

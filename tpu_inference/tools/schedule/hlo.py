@@ -217,8 +217,10 @@ class Module:
         return arrays - sum(map(self._bytes_of, operation.operands)) or size
 
     def signature(self, operation: Operation) -> str:
-        """The same for operations that compile to the same code."""
-        bodies = [_METADATA.sub("", x.type + x.opcode + x.rest) for c in operation.called for x in self._within(c)]
+        """The same for operations that compile to the same code. What a body consists of is listed in any order."""
+        bodies = sorted(
+            _METADATA.sub("", x.type + x.opcode + x.rest) for c in operation.called for x in self._within(c)
+        )
         operands = [self.operations[x].type for x in operation.operands if x in self.operations]
         return "\n".join([operation.type, operation.opcode, _METADATA.sub("", operation.rest), *operands, *bodies])
 
