@@ -79,6 +79,53 @@ def test_experts_are_divided_among_the_devices(config):
     assert found["hbm_bytes_per_device"]["weights"] == 2 * (divided // 4 + whole)
 
 
+def test_a_step_of_experts_is_followed_and_takes_what_their_kernel_takes(tmp_path):
+    """Two scanned layers of real width, the share of one device of four; everything else of the model is narrow."""
+    code = """
+import json, sys
+from tpu_inference.plan.environment import prepare
+prepare()
+import jax
+from jax.sharding import SingleDeviceSharding
+from tpu_inference.kernels.grouped_matmul.shapes import GroupedShape
+from tpu_inference.plan.arguments import parse
+from tpu_inference.plan.engine import server_config
+from tpu_inference.plan.jobs import step_job
+from tpu_inference.plan.steps import Load
+from tpu_inference.runner.buckets import Bucket
+from tpu_inference.tools import schedule
+question = parse(sys.argv[1:])
+where = question.slices[0]
+steps = {}
+for tokens in 16, 64:
+    load = Load("decode", tokens, 0, 128)
+    (step,) = step_job(server_config(question, where, 4), where, Bucket(tokens, tokens), [load], True).steps
+    steps[tokens] = step.unknown, step.kinds["matmul"]
+device, alone = where.devices()[0], 0.0
+for out, columns in (1536, 2048), (2048, 768):
+    shape = GroupedShape("", tokens=64, top_k=8, experts=128, local=32, out=out, columns=columns)
+    on = SingleDeviceSharding(device)
+    jitted = jax.jit(shape.function(device), in_shardings=on, out_shardings=on)
+    with schedule.workload(shape.workload(device)):
+        _, recorded = schedule.record(lambda: jitted.lower(*shape.arguments()).compile())
+    (kernel,) = recorded.time("v6e").kernels
+    alone += kernel.microseconds
+print(json.dumps([steps, alone]))
+"""
+    experts = dict(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8)
+    model = save_config("tiny-moe", tmp_path, **experts)
+    options = ("--max-model-len", "512", "--max-num-seqs", "64", "--enable-expert-parallel")
+    arguments = ["--model", model, "--chip", "v6e", "--topology", "2x2", "-tp", "4", *options]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps, alone = json.loads(done.stdout.splitlines()[-1])
+    assert [unknown for unknown, _ in steps.values()] == ["", ""]
+    (_, few), (_, many) = steps["16"], steps["64"]
+    assert many > 1.3 * few, "64 tokens choose nearly all of the experts, 16 two thirds"
+    layers = 2
+    assert layers * alone == pytest.approx(many, rel=0.1), "with the matmuls that are not of experts"
+
+
 def test_8b_fits_eight_chips_of_v6e_and_not_one_of_v5e(config):
     fits = answer(
         "--model", config("llama-8b"), "--chip", "v6e", "--topology", "2x4", "--max-model-len", "8192", "--no-times"

@@ -9,8 +9,10 @@ import pytest
 
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.plan.children import run_all
+from tpu_inference.plan.experts import expert_scalars
 from tpu_inference.plan.ici import ici_cost
 from tpu_inference.plan.steps import Load, kernel_scalars, kind_of
+from tpu_inference.tools.schedule.hlo import Module
 
 
 def collective(kind, size, trips=1, result=None):
@@ -62,6 +64,46 @@ def test_scalars_are_laid_out_as_the_kernels_own_shapes_lay_them_out():
             assert np.shape(ours[kernel][index]) == np.shape(values)
     assert ours["paged_decode"][0].tolist() == list(theirs["paged_decode"][0])
     assert ours["paged_prefill"][2].tolist() == list(theirs["paged_prefill"][2])
+
+
+def a_call(name, local, num_blocks, block_rows):
+    """A program's text with a call of the experts' kernel in it."""
+    pairs = local + num_blocks - 1
+    lengths = [pairs, pairs, pairs, local, local + 1, 3]
+    lines = [f"%{name}_{i} = s32[{length}]{{0:T(128)S(1)}} parameter({i})" for i, length in enumerate(lengths)]
+    lines.append(f"%{name}_6 = bf16[{num_blocks * block_rows},4096]{{1,0:T(8,128)}} parameter(6)")
+    operands = ", ".join(f"%{name}_{i}" for i in range(7))
+    call = f'%{name} = bf16[{num_blocks * block_rows},64]{{1,0}} custom-call({operands}), custom_call_target="tpu_custom_call"'
+    return "\n".join(f"  {line}" for line in [*lines, call])
+
+
+def test_scalars_of_experts_are_those_of_the_kernels_own_shapes():
+    from tpu_inference.kernels.grouped_matmul.shapes import SHAPES
+
+    shape = SHAPES["qwen3_235b_fp8_ep16_b64_down"]
+    assert (shape.tokens, shape.top_k, shape.experts, shape.local) == (64, 8, 128, 8)
+    (theirs,) = shape.workload(SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")).values()
+    calls = [
+        a_call("grouped_matmul.3", 8, 4, 128),
+        a_call("grouped_matmul.4", 8, 2, 256),
+        a_call("paged_decode.1", 8, 4, 128),
+    ]
+    module = Module.parse("\n".join(["ENTRY %main (p: f32[]) -> f32[] {", *calls, "}"]))
+    found = expert_scalars(module, tokens=64, top_k=8, num_experts=128)
+    assert set(found) == {"grouped_matmul.3", "grouped_matmul.4"}
+    for index, values in theirs.items():
+        assert found["grouped_matmul.3"][index].tolist() == values.tolist()
+    assert found["grouped_matmul.4"][0].shape == (9,)
+    assert found["grouped_matmul.4"][4].tolist() == theirs[4].tolist(), "rows of groups, however blocked"
+    assert not expert_scalars(module, tokens=64, top_k=0, num_experts=0)
+
+
+def test_tokens_choose_different_experts_and_no_spare_one():
+    from tpu_inference.kernels.grouped_matmul.shapes import random_group_sizes
+
+    sizes = random_group_sizes(tokens=100, top_k=3, experts=8, local=9)
+    assert sizes.sum() == 300 and sizes.max() <= 100 and sizes[8] == 0
+    assert random_group_sizes(tokens=5, top_k=4, experts=4, local=2).tolist() == [5, 5], "all of them"
 
 
 @pytest.mark.parametrize(

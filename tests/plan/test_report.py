@@ -3,12 +3,15 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from helpers.plans import GIB, made_up_answer, made_up_step
 from tpu_inference.plan import report
-from tpu_inference.plan.answer import _with_room_to_sample
+from tpu_inference.plan.answer import EXPERTS_AT_RANDOM, _about_times, _with_room_to_sample
+from tpu_inference.plan.jobs import Done
+from tpu_inference.plan.memory import Compiled
 from tpu_inference.plan.plot import decode_lines, draw, hbm_bars
 
 STEPS = (made_up_step(64, 1024, 2000, 4000), made_up_step(256, 1024, 5000, 8000))
@@ -60,6 +63,18 @@ def test_ranking_is_by_fit_then_speed():
     assert report.ranked([small, slow, fast]) == [fast, slow, small]
     lines = report.comparison([fast, slow, small], {"v6e": 2.7}).splitlines()
     assert len(lines) == 4 and "32,000-51,200" in lines[1] and " no " in lines[3]
+
+
+def test_what_times_of_experts_rest_on_stands_beside_them():
+    def notes(num_experts, **job):
+        config = SimpleNamespace(model_config=SimpleNamespace(get_num_experts=lambda: num_experts))
+        return _about_times(config, [Done((Compiled("forward[8x8]", 1.0, 2),), **job)])
+
+    steps = tuple(step.cost for step in STEPS)
+    assert notes(8, steps=steps) == [EXPERTS_AT_RANDOM]
+    assert notes(0, steps=steps) == notes(8) == []
+    (only,) = notes(8, untimed="broken")
+    assert "forward[8x8]" in only and "broken" in only
 
 
 def test_assumptions_about_times_stand_only_beside_times():

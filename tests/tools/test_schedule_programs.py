@@ -92,6 +92,7 @@ ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
   %all-gather-start.1 = (bf16[16,128]{1,0}, bf16[64,128]{1,0}) all-gather-start(%fusion.3), replica_groups=[2,4]<=[8], dimensions={0}
   %all-gather-done.1 = bf16[64,128]{1,0} all-gather-done(%all-gather-start.1)
   %fusion.4 = s32[] fusion(%x), kind=kLoop, calls=%fused_scalar
+  %custom-call.6 = bf16[64,128]{1,0:S(1)} custom-call(%slice-done, %slice-done.1), custom_call_target="ConcatBitcast"
   %while.3 = (s32[], bf16[64,128]{1,0}) while(%tuple.3), condition=%open_condition, body=%open_body
   %start.2 = s32[] constant(2)
   %tuple.2 = (s32[], bf16[64,128]{1,0}) tuple(%start.2, %all-gather-done.1)
@@ -146,6 +147,32 @@ def test_base_name(name):
     assert base_name(name) == "paged_decode"
 
 
+def test_bodies_list_the_same_in_any_order():
+    text = """
+%first (a: s32[], b: s32[]) -> pred[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %less = pred[] compare(%a, %b), direction=DIRECTION
+}
+
+%second (d: s32[], c: s32[]) -> pred[] {
+  %d = s32[] parameter(1)
+  %c = s32[] parameter(0)
+  ROOT %less.2 = pred[] compare(%c, %d), direction=LT
+}
+
+ENTRY %main (x: s32[64]) -> s32[64] {
+  %x = s32[64]{0} parameter(0)
+  %sort.1 = s32[64]{0} sort(%x), dimensions={0}, to_apply=%first
+  ROOT %sort.2 = s32[64]{0} sort(%sort.1), dimensions={0}, to_apply=%second
+}
+"""
+    found = [Module.parse(text.replace("DIRECTION", direction)) for direction in ("LT", "GT")]
+    signatures = [[module.signature(module.operations[f"sort.{i}"]) for i in (1, 2)] for module in found]
+    assert signatures[0][0] == signatures[0][1]
+    assert signatures[1][0] != signatures[1][1]
+
+
 def recorded(module, *names):
     return Recorded(module, {name: Schedule(EMPTY, "") for name in names})
 
@@ -155,7 +182,7 @@ def test_identical_operations_share_a_schedule(module):
     assert {x.name: x.trips for x in timing.ops} == {"fusion.1": 15, "fusion.2": 1, "paged_decode.7": 1}
     assert timing.microseconds >= 17 * 2 / 1.75e9
     assert timing.unknown.loops == ("while.3",)
-    assert timing.unknown.operations == (), "scalars have no schedule, collectives are apart"
+    assert timing.unknown.operations == (), "scalars and places have no schedule, collectives are apart"
 
 
 def test_operations_without_a_schedule_are_named(module):

@@ -18,6 +18,7 @@ from tpu_inference.tools.schedule import TOPOLOGIES as TIMED
 
 PROMPT_TOKENS = 256
 """Of the prompt's chunk that is timed by default: the TPU compiler takes longest over the largest programs' schedules."""
+EXPERTS_AT_RANDOM = "Tokens are taken to choose experts at random, and all layers' tokens the same; experts are those of the first device."
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,16 @@ def _programs_compiled(config: Any, question: Question, where: TpuSlice, work: l
     return run_all(jobs)
 
 
-def _untimed(done: list[Done]) -> list[str]:
-    """A note for every reason why a forward program has no times."""
+def _about_times(config: Any, done: list[Done]) -> list[str]:
+    """A note for every reason why a forward program has no times, and one of what those of experts rest on."""
     reasons: dict[str, list[str]] = {}
     for job in done:
         if job.untimed:
             reasons.setdefault(job.untimed, []).append(job.compiled[0].name)
-    return [f"No times of {', '.join(names)}, whose schedule cannot be read: {why}." for why, names in reasons.items()]
+    notes = [f"No times of {', '.join(names)}, whose schedule cannot be read: {why}." for why, names in reasons.items()]
+    if config.model_config.get_num_experts() and any(job.steps for job in done):
+        notes.append(EXPERTS_AT_RANDOM)
+    return notes
 
 
 def answer(question: Question, model: ModelInfo, where: TpuSlice) -> Answer:
@@ -206,7 +210,7 @@ def answer(question: Question, model: ModelInfo, where: TpuSlice) -> Answer:
     (memory,) = run_all([(_memory, config, question, where, compiled[0].needs)])
     if untimed:
         memory = replace(memory, notes=(*memory.notes, f"No step times: they are known for {', '.join(TIMED)} only."))
-    memory = replace(memory, notes=(*memory.notes, *_untimed(done)))
+    memory = replace(memory, notes=(*memory.notes, *_about_times(config, done)))
     samplers = tuple(cost for job in done for cost in job.samplers) if question.times else ()
     greedy = {int(cost.name.split("[")[1][:-1]): cost for cost in samplers if "greedy" in cost.name}
     steps = tuple(_estimate(step, greedy) for job in done for step in job.steps if _fits(step.load, memory))

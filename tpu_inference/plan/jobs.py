@@ -11,9 +11,10 @@ import jax
 
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.plan.engine import Engine, build_engine
+from tpu_inference.plan.experts import expert_scalars
 from tpu_inference.plan.memory import GUESSED_SHARE, Compiled, Pool, guessed_pool
 from tpu_inference.plan.slices import TpuSlice
-from tpu_inference.plan.steps import FAST, SLOW, Load, StepCost, StepTimer, Timer
+from tpu_inference.plan.steps import FAST, SLOW, Load, StepCost, StepTimer, Timer, with_scalars
 from tpu_inference.runner.buckets import Bucket
 from tpu_inference.runner.compilation_manager import CompileCase, bytes_beside_arguments
 from tpu_inference.tools import schedule
@@ -118,7 +119,12 @@ def step_job(config: Any, where: TpuSlice, bucket: Bucket, loads: Sequence[Load]
         return Done((program.sizes,), untimed=program.why_not)
     windows = Counter(layer.sliding_window for layer in engine.runner.functions.layers)
     shape = (bucket.rows, engine.runner.max_blocks, engine.runner.block_size, pool.num_blocks)
-    fast, slow = (Timer(program.recorded, where.chip.name, assumed) for assumed in (FAST, SLOW))
+    model = engine.config.model_config
+    experts = expert_scalars(
+        program.recorded.module, bucket.tokens, model.get_num_experts_per_tok(), model.get_num_experts()
+    )
+    recorded = with_scalars(program.recorded, experts)
+    fast, slow = (Timer(recorded, where.chip.name, assumed) for assumed in (FAST, SLOW))
     timer = StepTimer(fast, slow, engine.tensor_parallel, where.link_bytes_per_s, str(bucket), windows, shape)
     try:
         return Done((program.sizes,), tuple(timer.cost(load) for load in loads))

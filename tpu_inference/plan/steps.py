@@ -87,10 +87,15 @@ def _inside(module: Any) -> dict[str, set[str]]:
     return {name: opcodes(name) for name in direct}
 
 
+def _is_attention(operation: Any) -> bool:
+    """Whether it is a kernel that `kernel_scalars` has values for."""
+    return operation.kind == "kernel" and base_name(operation.name).startswith("paged")
+
+
 def kind_of(operation: Any, inside: Mapping[str, set[str]], written_bytes: int = 0) -> str:
     """One of KINDS, by what an operation consists of and what it writes to HBM."""
-    if operation.kind == "kernel":  # the others multiply by experts
-        return "attention" if base_name(operation.name).startswith("paged") else "matmul"
+    if operation.kind == "kernel":  # the others multiply
+        return "attention" if _is_attention(operation) else "matmul"
     opcodes = {operation.opcode}.union(*(inside.get(name, set()) for name in operation.called))
     if opcodes & _MATMULS:
         return "matmul"
@@ -101,8 +106,10 @@ def kind_of(operation: Any, inside: Mapping[str, set[str]], written_bytes: int =
     return "norm and elementwise"
 
 
-def _is_kernel(recorded: Any, name: str) -> bool:
-    return recorded.module.operations[name].kind == "kernel"
+def with_scalars(recorded: Any, scalars: Mapping[str, Any]) -> Any:
+    """A recorded program with values for the scalar arguments of kernels, by operation, that are the same for all loads."""
+    schedules = {name: _on(old, scalars[name]) if name in scalars else old for name, old in recorded.schedules.items()}
+    return schedule.Recorded(recorded.module, schedules)
 
 
 def _on(old: Any, scalars: Any) -> Any:
@@ -114,7 +121,7 @@ def _on(old: Any, scalars: Any) -> Any:
 
 @dataclass(frozen=True)
 class Timer:
-    """A recorded program under one pair of assumptions. What is no kernel does not depend on the load, and is followed once."""
+    """A recorded program under one pair of assumptions. What is not attention does not depend on the load, and is followed once."""
 
     recorded: Any
     generation: str
@@ -127,7 +134,8 @@ class Timer:
 
     @cached_property
     def _others(self) -> Any:
-        schedules = {x: y for x, y in self.recorded.schedules.items() if not _is_kernel(self.recorded, x)}
+        operations = self.recorded.module.operations
+        schedules = {x: y for x, y in self.recorded.schedules.items() if not _is_attention(operations[x])}
         return schedule.Recorded(self.recorded.module, schedules).time(self.generation, *self.assumed)
 
     def time(self, scalars: Mapping[str, Any]) -> Any:
@@ -135,7 +143,7 @@ class Timer:
         schedules = {
             name: _on(old, scalars.get(base_name(name)))
             for name, old in self.recorded.schedules.items()
-            if _is_kernel(self.recorded, name)
+            if _is_attention(self.recorded.module.operations[name])
         }
         kernels = schedule.Recorded(self.recorded.module, schedules).time(self.generation, *self.assumed)
         ops = (*self._others.ops, *kernels.ops)

@@ -16,6 +16,13 @@ from tpu_inference.kernels.grouped_matmul.pallas import NAME
 from tpu_inference.kernels.grouped_matmul.units import units
 
 
+def random_group_sizes(tokens: int, top_k: int, experts: int, local: int) -> np.ndarray:
+    """int32 [local]: rows of the first experts where each token chooses `top_k` of `experts`; always the same. Spare experts have none."""
+    scores = np.random.default_rng(0).random((tokens, experts))
+    chosen = np.argpartition(scores, top_k - 1, axis=1)[:, :top_k]
+    return np.bincount(chosen.ravel(), minlength=max(experts, local))[:local].astype(np.int32)
+
+
 @dataclass(frozen=True)
 class GroupedShape:
     """A product of a layer of experts, as one device sees it."""
@@ -39,9 +46,7 @@ class GroupedShape:
 
     @property
     def group_sizes(self) -> np.ndarray:
-        rng = np.random.default_rng(0)
-        chosen = np.argpartition(rng.random((self.tokens, self.experts)), self.top_k, axis=1)[:, : self.top_k]
-        return np.bincount(chosen.ravel(), minlength=self.experts)[: self.local].astype(np.int32)
+        return random_group_sizes(self.tokens, self.top_k, self.experts, self.local)
 
     @property
     def rows(self) -> int:

@@ -18,7 +18,8 @@ _GROUPS = re.compile(
 )
 _METADATA = re.compile(r", (?:metadata|frontend_attributes)=\{[^}]*\}|%[\w.\-]+|\(param[^)]*\)")
 _MOSAIC = 'custom_call_target="tpu_custom_call"'
-_BUFFER = 'custom_call_target="AllocateBuffer"'
+_PLACES = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
+"""Memory that is set aside, and slices that XLA's DMAs have put side by side."""
 _CONTROL = ("while", "conditional", "call")
 _WITHOUT_CODE = (
     *_CONTROL,
@@ -63,10 +64,10 @@ class Operation:
     @property
     def has_code(self) -> bool:
         """Whether it is compiled to a schedule of its own; single numbers are computed by the program around them."""
-        elsewhere = (
-            self.opcode in _WITHOUT_CODE or self.opcode.endswith(("-start", "-update", "-done")) or _BUFFER in self.rest
-        )
-        return not elsewhere and any(_count(dims) > 1 for _, _, dims in _SHAPE.findall(self.type))
+        asynchronous = self.opcode.endswith(("-start", "-update", "-done"))
+        if asynchronous or self.opcode in _WITHOUT_CODE or _PLACES.search(self.rest):
+            return False
+        return any(_count(dims) > 1 for _, _, dims in _SHAPE.findall(self.type))
 
     @property
     def operands(self) -> list[str]:
@@ -217,8 +218,10 @@ class Module:
         return arrays - sum(map(self._bytes_of, operation.operands)) or size
 
     def signature(self, operation: Operation) -> str:
-        """The same for operations that compile to the same code."""
-        bodies = [_METADATA.sub("", x.type + x.opcode + x.rest) for c in operation.called for x in self._within(c)]
+        """The same for operations that compile to the same code. What a body consists of is listed in any order."""
+        bodies = sorted(
+            _METADATA.sub("", x.type + x.opcode + x.rest) for c in operation.called for x in self._within(c)
+        )
         operands = [self.operations[x].type for x in operation.operands if x in self.operations]
         return "\n".join([operation.type, operation.opcode, _METADATA.sub("", operation.rest), *operands, *bodies])
 
