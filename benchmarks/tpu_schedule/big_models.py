@@ -58,7 +58,8 @@ QUESTIONS: Sequence[tuple[str, str, str, int, tuple[str, ...]]] = (
     ("Qwen3-235B-A22B", "fp8 blocks", "v6e:4x4", 16, ("--enable-expert-parallel",)),
     ("DeepSeek V3", "fp8 blocks", "v6e:8x8", 64, ("--enable-expert-parallel",)),
     ("DeepSeek V3", "fp8 blocks", "tpu7x:2x2x4", 32, ("--enable-expert-parallel",)),
-    ("gpt-oss-120b", "MXFP4, held as bfloat16", "tpu7x:2x2x1", 8, ()),
+    ("gpt-oss-120b", "MXFP4, held as fp8", "tpu7x:2x2x1", 8, ()),
+    ("gpt-oss-120b", "MXFP4, held as fp8", "v6e:2x4", 8, ()),
     ("Mixtral 8x22B", "int8", "v5e:4x4", 16,
      (*INT8, '{"linear": "int8_per_channel_static", "moe": "int8_per_channel_static"}')),
 )  # fmt: skip
