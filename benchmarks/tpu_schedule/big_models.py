@@ -55,6 +55,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 """Fields of the published config.json files that shapes follow from."""
 QUESTIONS: Sequence[tuple[str, str, str, int, tuple[str, ...]]] = (
     ("Llama 3.1 70B", "int8", "v6e:2x4", 8, (*INT8, '{"linear": "int8_per_channel_static"}')),
+    ("Llama 3.1 70B", "int4, groups of 128", "v6e:2x2", 4, ("--additional-config", '{"quantization": "int4_weights"}')),
     ("Qwen3-235B-A22B", "fp8 blocks", "v6e:4x4", 16, ("--enable-expert-parallel",)),
     ("DeepSeek V3", "fp8 blocks", "v6e:8x8", 64, ("--enable-expert-parallel",)),
     ("DeepSeek V3", "fp8 blocks", "tpu7x:2x2x4", 32, ("--enable-expert-parallel",)),
