@@ -51,6 +51,12 @@ def test_shapes(rows, groups, out, columns):
     check("v6e:2x2", rows, groups, out, columns)
 
 
+@pytest.mark.parametrize("topology", ["v6e:2x2", "v5e:2x2", "tpu7x:2x2x1", "v5p:2x2x1", "v4:2x2x1"])
+def test_float8_with_a_scale_a_row(topology):
+    """Multiplied as it is, or converted where the matrix unit does not take it."""
+    check(topology, 32, 8, 3072, 4096, weights=jnp.float8_e4m3fn, scales=(3072, 1))
+
+
 @pytest.mark.parametrize("topology", ["v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("scales", [(512, 1), (4, 4)], ids=["channel", "block128"])
 def test_scales(topology, scales):

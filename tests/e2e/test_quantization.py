@@ -21,6 +21,8 @@ engine = partial(any_engine, max_num_seqs=8)
 """Few programs: many engines are started here."""
 COUNT = 24
 SUMS = "devices' parts are summed in bfloat16 as they arrive, which chooses other tokens now and then, and all others after"
+PACKED = ("int4-group", "int4-zeros", "awq", "gptq", "nvfp4", "mxfp4")
+REORDERED = "of two values in a byte one is multiplied before the other, which seldom chooses another token, and all others after"
 IMPLEMENTATIONS = ["auto", pytest.param("vllm", marks=pytest.mark.slow)]
 SLOW = set(KINDS) - {"fp8-block", "int8-channel", "int4-group"}
 
@@ -58,9 +60,15 @@ def probabilities(path, **options):
 def test_a_checkpoint_answers_as_its_twin_does(quantized, kind):
     made, twin = quantized(kind)
     expected, found = answers(twin), answers(made)
+    assert_alike(expected, found, kind)
+
+
+def assert_alike(expected, found, kind):
     if kind == "int8-activations":  # rounded, as the checkpoint asks for
         same = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x[:4], y[:4], strict=True))
         assert same >= 0.5 * 4 * len(found)
+    elif kind in PACKED:
+        assert sum(a == b for a, b in zip(expected, found, strict=True)) >= len(found) - 1, REORDERED
     else:
         assert found == expected
 
@@ -68,12 +76,7 @@ def test_a_checkpoint_answers_as_its_twin_does(quantized, kind):
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k != "awq" else ()) for k in KINDS])
 def test_pytorch_model_answers_as_its_twin_does(quantized, kind):
     made, twin = quantized(kind)
-    expected, found = answers(twin, model_impl="vllm"), answers(made, model_impl="vllm")
-    if kind == "int8-activations":
-        same = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x[:4], y[:4], strict=True))
-        assert same >= 0.5 * 4 * len(found)
-    else:
-        assert found == expected
+    assert_alike(answers(twin, model_impl="vllm"), answers(made, model_impl="vllm"), kind)
 
 
 @pytest.mark.slow
@@ -124,7 +127,7 @@ def test_two_values_of_four_bits_in_a_byte(zoo, tmp_path_factory, kind, impl):
     assert not any(leaf.dtype in ("int8", "float8_e4m3fn") for leaf in leaves)
     with engine(twin, dtype="bfloat16", model_impl=impl) as llm:
         expected = tokens(llm, prompts(6), COUNT)
-    assert sum(a == b for a, b in zip(expected, found, strict=True)) >= 5, "sums of products are in another order"
+    assert_alike(expected, found, kind)
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_kernel_for_many_rows(rows, out, dtype, activations):
     activations=st.sampled_from([None, "int8"]),
     chip=st.sampled_from(KERNEL_CHIPS),
 )
-@settings(deadline=None, max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_the_heuristic_serves_any_shape(rows, out, columns, per_group, values, activations, chip):
     """Of whole lanes: what it says fits into VMEM, and the parts of the last block are whole groups."""
     packed = values if values in KINDS else None

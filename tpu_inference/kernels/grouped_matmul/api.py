@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from tpu_inference.kernels.forms import Implementation, chip_of
-from tpu_inference.kernels.grouped_matmul.config import LANES, Config, ShapeKey, config_for
+from tpu_inference.kernels.grouped_matmul.config import LANES, NO_FLOAT8, Config, ShapeKey, config_for
 from tpu_inference.kernels.grouped_matmul.pallas import grouped_matmul_pallas
 from tpu_inference.kernels.grouped_matmul.reference import grouped_matmul_reference
 from tpu_inference.kernels.grouped_matmul.xla import grouped_matmul_xla
@@ -64,7 +64,7 @@ def grouped_matmul(
     key, chip = ShapeKey.of(x, weights, len(group_sizes), transposed=transposed), chip_of(implementation)
     return grouped_matmul_pallas(
         x, weights, group_sizes, scales, first_group,
-        transposed=transposed, blocks=blocks, rebias=chip not in (None, "tpu7x"), config=config or config_for(key, chip),
+        transposed=transposed, blocks=blocks, rebias=chip not in (None, "tpu7x"), direct=chip not in NO_FLOAT8, config=config or config_for(key, chip),
         interpret=_INTERPRET[implementation],
     )  # fmt: skip
 

@@ -15,6 +15,8 @@ MIB = 2**20
 VMEM_BYTES: Mapping[str | None, int] = {"v5e": 48 * MIB, "v6e": 48 * MIB, "v5p": 28 * MIB, "tpu7x": 32 * MIB}
 """For blocks, of what a core has; chips not named have `LEAST_VMEM_BYTES`."""
 LEAST_VMEM_BYTES = 11 * MIB
+NO_FLOAT8 = ("v4",)
+"""Chips whose matrix units do not take it."""
 BLOCK_ROWS = 256
 """Rows that go through the matrix units with one load of a weight: fewer leave them waiting for weights, more are wasted on groups of few rows."""
 
@@ -87,6 +89,8 @@ def even(length: int, blocks: int) -> int:
 def heuristic(key: ShapeKey, chip: str | None) -> Config:
     """As many outputs a block as VMEM holds: rows are read once for each. `chip` is a name of a tuned table, None for any."""
     budget = VMEM_BYTES.get(chip, LEAST_VMEM_BYTES)
+    if chip in NO_FLOAT8 and key.weight_dtype.startswith("float8"):
+        budget //= 2  # a block is converted beside the others
     fewest = -(-FEWEST_FETCHES // key.num_groups) if key.quantized else 1
     for blocks in range(fewest, -(-key.out // LANES) + 1):
         config = Config(BLOCK_ROWS, even(key.out, blocks))

@@ -28,7 +28,7 @@ SPARE_VMEM_BYTES = 4 * MIB
 """For what the compiler keeps beside the blocks."""
 
 
-def _body(*refs: Any, scales_in: ScalesIn, rebias: bool, blocked: "_Blocked", per_group: int) -> None:
+def _body(*refs: Any, scales_in: ScalesIn, rebias: bool, direct: bool, blocked: "_Blocked", per_group: int) -> None:
     """One pair of one block of outputs."""
     scalars = Units(*refs[: len(Units._fields)])
     x, weights, *scales = refs[len(Units._fields) : -3]
@@ -73,7 +73,11 @@ def _body(*refs: Any, scales_in: ScalesIn, rebias: bool, blocked: "_Blocked", pe
             scale = partial(_scale, scales[0], part * (blocked.out // LANES))
             product = _product_of_blocks(x, weight, scale, per_group, blocked.transposed, rebias)
         else:
-            product = _product(x[...], weight[...], scales[0][0] if scales else None, per_group, blocked.transposed)
+            values, factors = weight[...], scales[0][0] if scales else None
+            if rebias:
+                values, factors = pltpu.bitcast(values, jnp.float8_e4m3b11fnuz), factors * BIAS_FACTOR
+            values = values if direct else values.astype(x.dtype)
+            product = _product(x[...], values, factors, per_group, blocked.transposed)
         row = scalars.blocks[unit] * blocked.rows + jax.lax.broadcasted_iota(jnp.int32, product.shape, 0)
         mine = (row >= scalars.starts[group]) & (row < scalars.starts[group + 1])
         # Rows of other groups were put there by earlier pairs, or will be by later ones.
@@ -165,7 +169,7 @@ def _converted(weight: Any, dtype: Any, rebias: bool) -> Any:
     return (pltpu.bitcast(weight, jnp.float8_e4m3b11fnuz) if rebias else weight).astype(dtype)
 
 
-@partial(jax.jit, static_argnames=("transposed", "blocks", "rebias", "config", "interpret"))
+@partial(jax.jit, static_argnames=("transposed", "blocks", "rebias", "direct", "config", "interpret"))
 def grouped_matmul_pallas(
     x: jax.Array,
     weights: jax.Array,
@@ -176,6 +180,7 @@ def grouped_matmul_pallas(
     transposed: bool = False,
     blocks: bool = False,
     rebias: bool = False,
+    direct: bool = True,
     config: Config,
     interpret: Any,
 ) -> jax.Array:
@@ -183,7 +188,9 @@ def grouped_matmul_pallas(
 
     Args:
         scales: [E, groups of columns, out], or of `blocks` of 128 outputs [E, out / 128, groups of columns].
-        rebias: weights of float8_e4m3fn in blocks are read as float8_e4m3b11fnuz, which chips before tpu7x convert in one instruction.
+        rebias: weights of float8_e4m3fn are read as float8_e4m3b11fnuz, which chips before tpu7x have in their matrix units, or convert in one
+            instruction.
+        direct: whether float8 goes into the matrix units as it is where scales are not of blocks; else it is converted.
     """
     (rows, columns), out, num_groups = x.shape, weights.shape[2 if transposed else 1], len(group_sizes)
     tile = LANES if transposed else 32 // weights.dtype.itemsize
@@ -211,6 +218,7 @@ def grouped_matmul_pallas(
             _body,
             scales_in=scales_in,
             rebias=rebias and weights.dtype == jnp.float8_e4m3fn,
+            direct=direct,
             blocked=blocked,
             per_group=per_group,
         ),

@@ -117,6 +117,7 @@ _QWEN_LARGE = dict(width=1536, hidden=4096, top_k=8, experts=128, local=8)
 _MIXTRAL = dict(width=1024, hidden=6144, top_k=2, experts=8, local=8)
 _FP8_BLOCKS = dict(weight_dtype="float8_e4m3fn", scales=(128, 128))
 _INT8 = dict(weight_dtype="int8", scales=(1, 0))
+_FP8 = dict(weight_dtype="float8_e4m3fn", scales=(1, 0))
 SHAPES: Mapping[str, GroupedShape] = {
     **_both("qwen3_30b_a3b_b64", "Qwen3-30B-A3B, 64 tokens", **_QWEN, tokens=64),
     **_both("qwen3_30b_a3b_b1024", "Qwen3-30B-A3B, 1024 tokens", **_QWEN, tokens=1024),
@@ -137,5 +138,8 @@ SHAPES: Mapping[str, GroupedShape] = {
     ),
     **_both(
         "mixtral_8x22b_int8_tp16_b64", "Mixtral 8x22B on 16 devices, int8, 64 tokens", **_MIXTRAL, **_INT8, tokens=64
+    ),
+    "gpt_oss_120b_fp8_tp8_b64_gate_up": GroupedShape(
+        "gpt-oss-120b on 8 devices, fp8, 64 tokens, gate and up", 64, 4, 128, 129, 720, 2880, **_FP8
     ),
 }

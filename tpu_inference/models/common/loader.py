@@ -155,10 +155,17 @@ def dummy_weight(spec: WeightSpec, mesh: Mesh, seed: int) -> jax.Array:
             return dummy_codes(jax.random.key(seed), abstract.shape, spec.init)
         if spec.init != "normal":
             return jnp.full(abstract.shape, _CONSTANTS[spec.init], abstract.dtype)
-        size = 0.02 if jnp.dtype(abstract.dtype).itemsize > 1 else _STEPS
-        return (size * jax.random.normal(jax.random.key(seed), abstract.shape, jnp.float32)).astype(abstract.dtype)
+        if jnp.dtype(abstract.dtype).itemsize == 1:
+            return dummy_bytes(jax.random.key(seed), abstract.shape, abstract.dtype)
+        return (0.02 * jax.random.normal(jax.random.key(seed), abstract.shape, jnp.float32)).astype(abstract.dtype)
 
     return jax.jit(make, out_shardings=abstract.sharding)()
+
+
+def dummy_bytes(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Values of one byte with a standard deviation of `_STEPS`; none is -0 (`without_minus_zero`)."""
+    values = (_STEPS * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return jnp.where(values == 0, jnp.zeros((), dtype), values)
 
 
 def dummy_codes(key: jax.Array, shape: tuple[int, ...], packed: Packed) -> jax.Array:

@@ -42,7 +42,7 @@ from tpu_inference.logger import init_logger
 from tpu_inference.models.common.checkpoint import CheckpointError
 from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 from tpu_inference.models.common.kv_cache_dtype import quantized_cache_dtype, warn_of_missing_scales
-from tpu_inference.models.common.loader import dummy_codes
+from tpu_inference.models.common.loader import dummy_bytes, dummy_codes
 from tpu_inference.models.common.quantization import QuantizationError, quantization_of, refuse_rules_without_effect
 from tpu_inference.models.vllm.exchange import Places
 from tpu_inference.models.vllm.explain import explain
@@ -238,7 +238,7 @@ def random_array(name: str, array: jax.ShapeDtypeStruct) -> jax.Array:
         if array.dtype == jnp.uint8:
             return dummy_codes(jax.random.key(seed), array.shape, "int4")
         if array.dtype.itemsize == 1 and array.dtype != bool:  # values, which those scales make 0.02 of
-            return (2 * jax.random.normal(jax.random.key(seed), array.shape, jnp.float32)).astype(array.dtype)
+            return dummy_bytes(jax.random.key(seed), array.shape, array.dtype)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return jnp.zeros(array.shape, array.dtype)
         return (0.02 * jax.random.normal(jax.random.key(seed), array.shape, jnp.float32)).astype(array.dtype)
