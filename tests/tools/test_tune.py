@@ -182,6 +182,14 @@ def test_committed_page_is_what_the_committed_records_make():
     assert store.page(text, ROOT / store.RECORDS) == text
 
 
+def test_blocks_of_quantized_weights_are_whole_lanes():
+    (part,) = (part for part in PARTS if part.op == quantized.OP)
+    key = quantized.ShapeKey(64, 3584, 4096, "int4", 32)
+    for block in (128, 384, 1024):
+        blocks = part.axes(key, quantized.Config(block))["block_out"]
+        assert blocks and all(n % quantized.LANES == 0 for n in blocks)
+
+
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.op}-{part.name}")
 def test_axes_are_parameters_with_possible_values(part):
     if part.op == paged.OP:

@@ -19,6 +19,8 @@ WIDTH = 256
 BLOCK_BYTES: Mapping[str | None, int] = {"v5e": MIB // 2, "tpu7x": 2 * MIB}
 """Of weights at a time, where that is not a MiB: with less, what the first product takes to come out of the matrix units is not hidden; with more,
 the last block's products are longer in coming after its bytes."""
+CONVERTED_BLOCK_BYTES: Mapping[str | None, int] = {"tpu7x": MIB}
+"""The same of int8 in groups, whose sums larger blocks do not leave in vector registers."""
 LEAST_BLOCKS, LEAST_BLOCK_BYTES = 8, MIB // 4
 LEAST_BLOCKS_OF: Mapping[str | None, int] = {"tpu7x": 4}
 """Of a small weight, whose last block would be much of it; and no smaller blocks for that."""
@@ -85,7 +87,8 @@ def heuristic(key: ShapeKey, chip: str | None) -> Config:
     """Blocks of `BLOCK_BYTES`, of whole `WIDTHS`; fewer in flight, and narrower ones, where VMEM does not hold so much."""
     width, total = WIDTHS.get(chip, WIDTH), key.out * key.byte_columns
     least = LEAST_BLOCKS_OF.get(chip, LEAST_BLOCKS)
-    size = min(BLOCK_BYTES.get(chip, MIB), max(total // least, LEAST_BLOCK_BYTES))
+    most = CONVERTED_BLOCK_BYTES if key.dtype == "int8" and key.groups > 1 else BLOCK_BYTES
+    size = min(most.get(chip, BLOCK_BYTES.get(chip, MIB)), max(total // least, LEAST_BLOCK_BYTES))
     widest = width if total >= least * width * key.byte_columns else LANES
     block = max(width * round(size / (width * key.byte_columns)), widest)
     several = [Config(rows, slots) for rows in (block, LANES) for slots in (SLOTS, 4, 3, 2)]

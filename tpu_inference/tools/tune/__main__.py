@@ -18,7 +18,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chip", default=CHIPS[0], help=f"one of: {', '.join(TOPOLOGIES)}; default: {CHIPS[0]}")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--shape", help="a name of the op's SHAPES; all named shapes of the same layer are looked at")
-    what.add_argument("--all", action="store_true", help="every named shape that is of interest on the chip")
+    what.add_argument("--all", action="store_true", help="every named shape that is of interest on the chip, and was not drawn")
     what.add_argument("--random", type=int, metavar="N", help="N shapes that are not named, to judge the heuristic by")
     parser.add_argument("--seed", type=int, help="of --random; default: 0")
     parser.add_argument("--part", help="one kernel of the op alone; default: all of them")
@@ -57,6 +57,11 @@ def _by_key(op: str, chip: str) -> dict[str, dict[str, Any]]:
     return groups
 
 
+def _is_chosen(group: dict[str, Any]) -> bool:
+    """Drawn shapes stand for those that no table has."""
+    return not all(name.startswith("drawn_") for name in group)
+
+
 def _searches(args: argparse.Namespace, parts: tuple[Any, ...]) -> Iterator[Any]:
     from tpu_inference.tools.tune.measure import Search
     from tpu_inference.tools.tune.sample import draw, with_other_contexts
@@ -66,7 +71,7 @@ def _searches(args: argparse.Namespace, parts: tuple[Any, ...]) -> Iterator[Any]
         drawn = draw(args.op, args.chip, args.random, args.seed or 0, set(named))
         groups = [{name: shape} for name, shape in drawn.items()]
     else:
-        groups = [group for group in named.values() if args.all or args.shape in group]
+        groups = [group for group in named.values() if (_is_chosen(group) if args.all else args.shape in group)]
     for group in groups:
         for part in parts:
             if concerned := {name: shape for name, shape in group.items() if part.concerns(shape)}:

@@ -132,7 +132,8 @@ def _grouped_axes(key: grouped.ShapeKey, start: Any) -> Axes:
 
 def _quantized_axes(key: quantized.ShapeKey, start: quantized.Config) -> Axes:
     """Blocks about as large as the heuristic's, and one that differs by little, of which the last is cut elsewhere."""
-    outs = (start.block_out // 2, start.block_out + quantized.LANES, 2 * start.block_out)
+    half = start.block_out // (2 * quantized.LANES) * quantized.LANES
+    outs = (half, start.block_out + quantized.LANES, 2 * start.block_out)
     return {"block_out": [n for n in outs if quantized.LANES <= n <= key.out], "slots": (2, 3, 4, 6, 8)}
 
 
