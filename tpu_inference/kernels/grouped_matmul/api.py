@@ -64,7 +64,8 @@ def grouped_matmul(
     key, chip = ShapeKey.of(x, weights, len(group_sizes), transposed=transposed), chip_of(implementation)
     return grouped_matmul_pallas(
         x, weights, group_sizes, scales, first_group,
-        transposed=transposed, blocks=blocks, rebias=chip not in (None, "tpu7x"), direct=chip not in NO_FLOAT8, config=config or config_for(key, chip),
+        transposed=transposed, blocks=blocks, rebias=chip not in (None, "tpu7x"), direct=chip not in NO_FLOAT8,
+        config=config or config_for(key, chip),
         interpret=_INTERPRET[implementation],
     )  # fmt: skip
 

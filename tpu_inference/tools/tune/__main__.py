@@ -18,7 +18,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chip", default=CHIPS[0], help=f"one of: {', '.join(TOPOLOGIES)}; default: {CHIPS[0]}")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--shape", help="a name of the op's SHAPES; all named shapes of the same layer are looked at")
-    what.add_argument("--all", action="store_true", help="every named shape that is of interest on the chip, and was not drawn")
+    what.add_argument(
+        "--all", action="store_true", help="every named shape that is of interest on the chip, and was not drawn"
+    )
     what.add_argument("--random", type=int, metavar="N", help="N shapes that are not named, to judge the heuristic by")
     parser.add_argument("--seed", type=int, help="of --random; default: 0")
     parser.add_argument("--part", help="one kernel of the op alone; default: all of them")
