@@ -87,6 +87,15 @@ def test_online_client_prints_what_a_server_says():
 
 
 @pytest.mark.slow
+def test_the_demo_says_something_and_ends_cleanly():
+    args = [sys.executable, "-m", "tpu_inference.demo", "--max-tokens", "8"]
+    done = subprocess.run(args, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "8 tokens, the first after" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("model_impl", ["auto", "vllm"])
 def test_offline_inference_takes_vllms_flags(model_impl):

@@ -40,6 +40,8 @@ async def stream(args: argparse.Namespace) -> None:
         print(f"\n\n{count} tokens, the first after {first - start:.3f} s, then {rate:.0f} tokens/s")
     finally:
         engine.shutdown()
+        # Some import in here keeps this frame, and the engine's `__del__` would find an interpreter that is half gone.
+        del engine
 
 
 if __name__ == "__main__":
