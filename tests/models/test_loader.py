@@ -18,6 +18,7 @@ from vllm.config import LoadConfig
 
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.layers.common.build import BuildContext
+from tpu_inference.layers.common.mxfp4 import VALUES
 from tpu_inference.layers.common.sharding import make_mesh
 from tpu_inference.layers.common.weights import Piece, Source, WeightSpec, leaves, padded
 from tpu_inference.layers.jax.decoder import pure_functions
@@ -25,6 +26,8 @@ from tpu_inference.models.common import loader, vllm_loader
 from tpu_inference.models.common.checkpoint import Checkpoint, CheckpointError
 from tpu_inference.models.common.loader import (
     check_tensors,
+    dummy_bytes,
+    dummy_codes,
     dummy_weight,
     expected_tensors,
     load_params,
@@ -427,3 +430,21 @@ def test_load_model_checks_the_checkpoint(llama):
 def test_load_formats_that_are_not_served(llama):
     with pytest.raises(TpuInferenceError, match="load_format='tensorizer' is not served; use one of auto"):
         vllm_loader.load_model(vllm_config(llama, "tensorizer"), mesh_of(1))
+
+
+def test_dummy_bytes_have_no_minus_zero():
+    """It would be NaN to kernels that read the bits in another format."""
+    values = np.asarray(dummy_bytes(jax.random.key(0), (256, 1024), "float8_e4m3fn"))
+    plain = np.asarray((2 * jax.random.normal(jax.random.key(0), (256, 1024))).astype("float8_e4m3fn"))
+    assert (plain.view(np.uint8) == 0x80).any(), "rounding makes some"
+    assert not (values.view(np.uint8) == 0x80).any()
+    np.testing.assert_array_equal(values.astype(np.float32), plain.astype(np.float32))
+
+
+@pytest.mark.parametrize("packed", ["int4", "e2m1"])
+def test_dummy_codes_are_as_large_as_dummy_bytes(packed):
+    stored = np.asarray(dummy_codes(jax.random.key(0), (64, 512), packed))
+    codes = np.concatenate([stored & 15, stored >> 4], axis=1)
+    values = VALUES[codes] if packed == "e2m1" else codes.astype(np.float32) - 8
+    assert stored.dtype == np.uint8 and (packed == "int4" or not (codes == 8).any())
+    assert abs(values.mean()) < 0.05 and 1.7 < values.std() < 2.1
