@@ -45,6 +45,26 @@ def test_every_generation(topology, spec):
     assert compiled.memory_analysis().temp_size_in_bytes < spec.out * spec.columns / 4
 
 
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(64, 768, 4096, "float8_e4m3fn", "float8_e4m3fn"),
+        Spec(64, 768, 4096, "int8", "int8"),
+        Spec(64, 768, 4096, "int4", groups=32, zero_points=True),
+        Spec(64, 768, 4096, "e2m1", groups=128),
+    ],
+    ids=lambda spec: spec.about,
+)
+def test_chips_without_the_kernel(topology, spec):
+    """XLA converts what their matrix units do not multiply."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = SingleDeviceSharding(device)
+    jitted = jax.jit(spec.function(device), in_shardings=sharding, out_shardings=sharding)
+    text = jitted.lower(*spec.arguments(device)).compile().as_text()
+    assert "tpu_custom_call" not in text and spec.form(device) == "xla"
+
+
 @pytest.mark.parametrize(("topology", "own"), [("tpu7x:2x2x1", True), ("v6e:2x2", False)])
 def test_rounded_activations_of_float8(topology, own):
     """tpu7x multiplies float8 by float8, in the kernel for few rows and by XLA; products of the others are of bfloat16."""

@@ -106,7 +106,7 @@ def test_with_everything_else_that_changes_logits(llm):
 
 
 def test_preempted_in_the_middle(llm, monkeypatch):
-    """The cache holds three of the long answers: those that lose their place go on where they were when they return."""
+    """The cache does not hold the long answers of all that run: those that lose their place go on where they were when they return."""
     kind = type(scheduler(llm))
     original, preempted = kind._preempt_request, []
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
-from tpu_inference.kernels.quantized_matmul import BLOCK, Packed, pack, without_minus_zero
+from tpu_inference.kernels.quantized_matmul import BLOCK, ZERO, Packed, pack, without_minus_zero
 from tpu_inference.layers.common.mxfp4 import VALUES
 from tpu_inference.layers.common.weights import Source
 
-ZERO_POINT = 8
-"""Of whole numbers without zero points: codes are unsigned."""
 _CODE_OF_BYTE = np.zeros(256, np.uint8)
 _CODE_OF_BYTE[VALUES.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)] = without_minus_zero(np.arange(16, dtype=np.uint8))
 
@@ -46,7 +44,7 @@ class NibbleSource(Source):
 
 def packed_values(values: np.ndarray, packed: Packed) -> np.ndarray:
     """uint8 [rows, columns / 2] of e4m3 values that e2m1 has, or of int8 ones from -8 to 7."""
-    return pack(_CODE_OF_BYTE[values.view(np.uint8)] if packed == "e2m1" else (values + ZERO_POINT).astype(np.uint8))
+    return pack(_CODE_OF_BYTE[values.view(np.uint8)] if packed == "e2m1" else (values + ZERO).astype(np.uint8))
 
 
 def packed_with_zero_points(values: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,8 @@ import numpy as np
 
 from tpu_inference.errors import TpuInferenceError
 from tpu_inference.kernels.forms import implementation_for
-from tpu_inference.kernels.quantized_matmul import BLOCK, Packed, multiplies
-from tpu_inference.layers.common.four_bits import ZERO_POINT, is_whole
+from tpu_inference.kernels.quantized_matmul import BLOCK, ZERO, Packed, multiplies
+from tpu_inference.layers.common.four_bits import is_whole
 from tpu_inference.layers.common.mxfp4 import Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, Nvfp4Source
 from tpu_inference.layers.common.packed import Layout, PackedSource
@@ -112,7 +112,7 @@ class _RoundedAtLoad(Source):
         found = np.concatenate(
             [(scales if self.wants == "scales" else values)[:, columns] for _, scales, values in parts]
         )
-        return (found + ZERO_POINT).astype(np.uint8) if self.wants == "codes" else found
+        return (found + ZERO).astype(np.uint8) if self.wants == "codes" else found
 
 
 FP4 = ("nvfp4", "mxfp4")

@@ -11,10 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from tpu_inference.kernels.quantized_matmul import Packed
+from tpu_inference.kernels.quantized_matmul import ZERO, Packed
 from tpu_inference.kernels.ragged_paged_attention import storage_dtype
 from tpu_inference.layers.common.cache_scales import CacheScaleSource
-from tpu_inference.layers.common.four_bits import ZERO_POINT
 from tpu_inference.layers.common.heads import plan_heads
 from tpu_inference.layers.common.mxfp4 import Mxfp4RowScaleSource, Mxfp4ScaleSource
 from tpu_inference.layers.common.nvfp4 import Nvfp4ScaleSource, ScalarSource
@@ -26,7 +25,7 @@ from tpu_inference.models.common.interface import AttentionLayer, ModelFunctions
 
 _STEPS = 2.0
 """Standard deviation of dummy weights of one byte or less, which scales make 0.02 of."""
-_CONSTANTS = {"zeros": 0.0, "ones": 1.0, "scales": 0.02 / _STEPS, "zero_points": float(ZERO_POINT)}
+_CONSTANTS = {"zeros": 0.0, "ones": 1.0, "scales": 0.02 / _STEPS, "zero_points": float(ZERO)}
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")
 """Buffers that old checkpoints carry and nothing reads."""
 
@@ -169,10 +168,13 @@ def dummy_bytes(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array
 
 
 def dummy_codes(key: jax.Array, shape: tuple[int, ...], packed: Packed) -> jax.Array:
-    """uint8 of two codes each, whose values are as often negative as positive and have a standard deviation of about `_STEPS`."""
-    codes = jax.random.randint(key, (2, *shape), 5, 12)  # of int4, -3 to 3
-    if packed == "e2m1":  # 0, and 1, 1.5 and 3 of either sign
-        codes = jnp.asarray([0, 2, 3, 5, 10, 11, 13])[codes - 5]
+    """uint8 of two codes each, whose values are as often negative as positive and have a standard deviation of about `_STEPS`.
+
+    None is 8, -0 of e2m1, which would be NaN (`without_minus_zero`): who does not know the kind may ask for either.
+    """
+    # 1, 1.5 and 3 of either sign; 1, 2 and 3.
+    several = jnp.asarray([2, 3, 5, 10, 11, 13] if packed == "e2m1" else [5, 6, 7, 9, 10, 11])
+    codes = several[jax.random.randint(key, (2, *shape), 0, len(several))]
     return (codes[0] | codes[1] << 4).astype(jnp.uint8)
 
 

@@ -25,11 +25,11 @@ from tpu_inference.compat.checkpoints import as_loader_looks_for, latents_put_up
 from tpu_inference.compat.lowering import import_torchax, start_torch_alone
 from tpu_inference.config import TpuConfig
 from tpu_inference.errors import TpuInferenceError
+from tpu_inference.kernels.quantized_matmul import ZERO
 from tpu_inference.kernels.ragged_paged_attention import KV_PAGES_AXES, kv_pages_shape, storage_dtype
 from tpu_inference.layers.common.attention import KVCache, KVCacheLayout
 from tpu_inference.layers.common.attention_metadata import AttentionMetadata
 from tpu_inference.layers.common.build import BuildContext
-from tpu_inference.layers.common.four_bits import ZERO_POINT
 from tpu_inference.layers.common.sharding import MODEL_AXIS, named_sharding
 from tpu_inference.layers.vllm import lowerings
 from tpu_inference.layers.vllm.attention import TpuAttentionImpl
@@ -234,8 +234,8 @@ def random_array(name: str, array: jax.ShapeDtypeStruct) -> jax.Array:
         if SCALES_NAMES.search(name):
             return jnp.full(array.shape, 0.01, array.dtype)
         if ZERO_POINTS_NAMES.search(name):
-            return jnp.full(array.shape, ZERO_POINT, array.dtype)
-        if array.dtype == jnp.uint8:
+            return jnp.full(array.shape, ZERO, array.dtype)
+        if array.dtype == jnp.uint8:  # codes of four bits, of one kind or the other
             return dummy_codes(jax.random.key(seed), array.shape, "int4")
         if array.dtype.itemsize == 1 and array.dtype != bool:  # values, which those scales make 0.02 of
             return dummy_bytes(jax.random.key(seed), array.shape, array.dtype)
